@@ -1,0 +1,1 @@
+"""Simulated tasks behind one batched interface."""

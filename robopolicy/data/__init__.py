@@ -1,0 +1,1 @@
+"""Demonstrations: files, the episode store, training windows."""

@@ -1,0 +1,1 @@
+"""Rollouts, their statistics and what is shown of them."""

@@ -1,0 +1,1 @@
+"""Policies, one file per method, and the actors that play their chunks."""

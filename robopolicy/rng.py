@@ -1,0 +1,23 @@
+"""Random numbers that a caller can pin down: one generator for a batch, or one per row so that rows are independent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Rng = torch.Generator | Sequence[torch.Generator] | None
+
+
+def randn(*shape: int, generator: Rng = None, device: torch.device | str = "cpu") -> Tensor:
+    """Return standard normal float32 noise of `shape`; with one generator per row, row i is drawn from the i-th alone.
+
+    Noise is drawn on the generator's own device and moved, so that a CPU seed gives the same chunk on every device.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        source = generator.device if generator is not None else device
+        return torch.randn(*shape, generator=generator, device=source).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"One generator per row needs {shape[0]} of them; got {len(generator)}.")
+    return torch.stack([torch.randn(*shape[1:], generator=g, device=g.device) for g in generator]).to(device)
