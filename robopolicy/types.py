@@ -125,7 +125,7 @@ class TaskSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TaskSpec:
         """Rebuild what `to_dict` wrote (JSON turns tuples into lists)."""
-        tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in data["action"].items()}
+        tuples: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data["action"].items()}
         observation = {
             name: ModalitySpec(shape=tuple(m["shape"]), fields=dict(m["fields"]), dtype=m["dtype"])
             for name, m in data["observation"].items()
