@@ -21,3 +21,13 @@ def randn(*shape: int, generator: Rng = None, device: torch.device | str = "cpu"
     if len(generator) != shape[0]:
         raise ValueError(f"One generator per row needs {shape[0]} of them; got {len(generator)}.")
     return torch.stack([torch.randn(*shape[1:], generator=g, device=g.device) for g in generator]).to(device)
+
+
+def randint(high: int, *shape: int, generator: Rng = None, device: torch.device | str = "cpu") -> Tensor:
+    """Return uniform int64 numbers in [0, high) of `shape`; generators as in `randn`."""
+    if generator is None or isinstance(generator, torch.Generator):
+        source = generator.device if generator is not None else device
+        return torch.randint(high, shape, generator=generator, device=source).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"One generator per row needs {shape[0]} of them; got {len(generator)}.")
+    return torch.stack([torch.randint(high, shape[1:], generator=g, device=g.device) for g in generator]).to(device)

@@ -1,0 +1,113 @@
+"""Diffusion Policy's conditional 1-D UNet: convolutions along the chunk, level and observation by FiLM.
+
+Chi et al. 2023 (arXiv:2303.04137), section 3.1, after Janner et al. 2022 (arXiv:2205.09991). Two residual blocks per
+resolution, Mish, group norm; the finest skip is unused, as in the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from robopolicy.nn.layers import SinusoidalEmbedding
+
+
+class ChunkUNet(nn.Module):
+    """Denoiser that halves the chunk's time axis once per entry of `down_dims` after the first.
+
+    Raises:
+        ValueError: `horizon` cannot be halved that often, or a width is no multiple of `num_groups`.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon: int,
+        cond_dim: int,
+        *,
+        down_dims: Sequence[int] = (256, 512, 1024),
+        kernel_size: int = 5,
+        num_groups: int = 8,
+        time_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        dims = [int(d) for d in down_dims]
+        if not dims or horizon % 2 ** (len(dims) - 1):
+            raise ValueError(
+                f"horizon must be a multiple of {2 ** (len(dims) - 1)} for {len(dims)} down_dims; got {horizon}."
+            )
+        if wrong := [d for d in dims if d % num_groups]:
+            raise ValueError(f"down_dims must be multiples of num_groups={num_groups}; got {wrong}.")
+
+        def stage(into: int, out: int) -> _Stage:
+            return _Stage(into, out, time_dim + cond_dim, kernel_size, num_groups)
+
+        self.time = nn.Sequential(
+            SinusoidalEmbedding(time_dim),
+            nn.Linear(time_dim, 4 * time_dim),
+            nn.Mish(),
+            nn.Linear(4 * time_dim, time_dim),
+        )
+        pairs = list(zip([action_dim, *dims[:-1]], dims, strict=True))
+        self.down = nn.ModuleList(stage(i, o) for i, o in pairs)
+        self.shrink = nn.ModuleList(nn.Conv1d(d, d, 3, stride=2, padding=1) for d in dims[:-1])
+        self.middle = stage(dims[-1], dims[-1])
+        self.up = nn.ModuleList(stage(2 * o, i) for i, o in reversed(pairs[1:]))
+        self.grow = nn.ModuleList(nn.ConvTranspose1d(d, d, 4, stride=2, padding=1) for d in reversed(dims[:-1]))
+        self.out = nn.Sequential(
+            _ConvBlock(dims[0], dims[0], kernel_size, num_groups), nn.Conv1d(dims[0], action_dim, 1)
+        )
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """x [B, H, A], t [B], cond [B, D] -> [B, H, A]."""
+        cond = torch.cat([self.time(t), cond], dim=-1)
+        h = rearrange(x, "b h a -> b a h")
+        skips: list[Tensor] = []
+        for i, down in enumerate(self.down):
+            h = down(h, cond)
+            skips.append(h)
+            if i < len(self.shrink):
+                h = self.shrink[i](h)
+        h = self.middle(h, cond)
+        for up, grow in zip(self.up, self.grow, strict=True):
+            h = grow(up(torch.cat([h, skips.pop()], dim=1), cond))
+        return rearrange(self.out(h), "b a h -> b h a")
+
+
+class _ConvBlock(nn.Sequential):
+    def __init__(self, into: int, out: int, kernel_size: int, num_groups: int) -> None:
+        super().__init__(
+            nn.Conv1d(into, out, kernel_size, padding=kernel_size // 2), nn.GroupNorm(num_groups, out), nn.Mish()
+        )
+
+
+class _Stage(nn.Module):
+    """The two residual blocks of one resolution."""
+
+    def __init__(self, into: int, out: int, cond_dim: int, kernel_size: int, num_groups: int) -> None:
+        super().__init__()
+        self.first = _FilmBlock(into, out, cond_dim, kernel_size, num_groups)
+        self.second = _FilmBlock(out, out, cond_dim, kernel_size, num_groups)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x [B, C, H], cond [B, D] -> [B, C', H]."""
+        return self.second(self.first(x, cond), cond)
+
+
+class _FilmBlock(nn.Module):
+    """Two convolutions with a scale and shift per channel between them, and a residual path."""
+
+    def __init__(self, into: int, out: int, cond_dim: int, kernel_size: int, num_groups: int) -> None:
+        super().__init__()
+        self.first = _ConvBlock(into, out, kernel_size, num_groups)
+        self.second = _ConvBlock(out, out, kernel_size, num_groups)
+        self.film = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, 2 * out))
+        self.residual = nn.Conv1d(into, out, 1) if into != out else nn.Identity()
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x [B, C, H], cond [B, D] -> [B, C', H]."""
+        scale, shift = rearrange(self.film(cond), "b (two c) -> two b c 1", two=2)
+        return self.second(torch.addcmul(shift, self.first(x), scale)) + self.residual(x)

@@ -1,0 +1,81 @@
+"""What every policy is: two functions, a task, a timing and a normaliser."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor, nn
+
+from robopolicy.errors import RobopolicyError, ShapeError
+from robopolicy.normalize import Normalizer
+from robopolicy.rng import Rng
+from robopolicy.timing import ChunkTiming
+from robopolicy.types import Batch, Observation, TaskSpec
+
+
+class Policy(nn.Module, abc.ABC):
+    """A map from a window of observations to a chunk of actions; holds weights and statistics, never rollout state.
+
+    Public tensors are in environment units. `forward` is `loss`, so that wrapped (distributed) policies train alike.
+    Training and evaluation mode (dropout, image crops) are the caller's to set.
+    """
+
+    def __init__(self, spec: TaskSpec, *, timing: ChunkTiming) -> None:
+        super().__init__()
+        self.spec = spec
+        self.timing = timing
+        self.norm = Normalizer(spec)
+        self.register_buffer("action_low", torch.tensor(spec.action.low, dtype=torch.float32), persistent=False)
+        self.register_buffer("action_high", torch.tensor(spec.action.high, dtype=torch.float32), persistent=False)
+        self._shapes = {name: (timing.n_obs_steps, *m.shape) for name, m in spec.observation.items()}
+        self._norm_is_known_fitted = False
+
+    @abc.abstractmethod
+    def loss(self, batch: Batch, *, generator: Rng = None) -> Tensor:
+        """Return the scalar training loss on `batch`."""
+
+    @abc.abstractmethod
+    def act(self, obs: Observation, *, guess: Tensor | None = None, generator: Rng = None) -> Tensor:
+        """Return the chunk [B, H, A] in environment units, starting from `guess` [B, H, A] if given."""
+
+    def forward(self, batch: Batch, *, generator: Rng = None) -> Tensor:
+        return self.loss(batch, generator=generator)
+
+    @property
+    def device(self) -> torch.device:
+        return self.get_buffer("action_low").device
+
+    def normalized(self, obs: Observation) -> dict[str, Tensor]:
+        """Return the modalities of `obs` that the task names, in network units.
+
+        Raises:
+            RobopolicyError: a modality is missing, or the normaliser was never fitted.
+            ShapeError: a modality is not the window that task and timing say.
+        """
+        self.require_fitted()
+        return {name: self.norm.encode(name, self._window(obs, name, shape)) for name, shape in self._shapes.items()}
+
+    def clip(self, action: Tensor) -> Tensor:
+        """Return `action` [..., A] within the bounds of the controller; discrete dimensions stay continuous."""
+        return torch.clamp(action, self.get_buffer("action_low"), self.get_buffer("action_high"))
+
+    def require_fitted(self) -> None:
+        """Raise RobopolicyError unless the normaliser knows its data."""
+        if not self._norm_is_known_fitted:
+            if not self.norm.is_fitted:
+                raise RobopolicyError(
+                    "The policy's normaliser has no statistics: call `policy.norm.fit(limits)` with the limits of the "
+                    "training data, or load a checkpoint."
+                )
+            self._norm_is_known_fitted = True
+
+    def _window(self, obs: Observation, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in obs.modalities:
+            raise RobopolicyError(f"The policy observes {name!r}; got only {', '.join(sorted(obs.modalities))}.")
+        value = obs.modalities[name]
+        if value.shape[1:] != shape:
+            raise ShapeError(
+                f"Observation {name!r} must be [B, {', '.join(map(str, shape))}], got {tuple(value.shape)}."
+            )
+        return value
