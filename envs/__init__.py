@@ -1,1 +1,24 @@
-"""Simulated tasks behind one batched interface."""
+"""Simulated tasks: `make` builds a batch of environments, `task_spec` describes one without building it.
+
+Importing this package imports neither SAPIEN nor ManiSkill; `load_maniskill` does, with a Vulkan driver chosen first.
+"""
+
+from .rendering import load_maniskill, prepare_vulkan, render_backend
+from .specs import require_assets, task_spec
+from .tasks import TASKS, Task, find_task
+from .vector import BACKENDS, SimVectorEnv, default_backend, make
+
+__all__ = [
+    "BACKENDS",
+    "TASKS",
+    "SimVectorEnv",
+    "Task",
+    "default_backend",
+    "find_task",
+    "load_maniskill",
+    "make",
+    "prepare_vulkan",
+    "render_backend",
+    "require_assets",
+    "task_spec",
+]
