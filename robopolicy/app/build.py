@@ -1,0 +1,95 @@
+"""Builds policies from configs, and only from parts of this library: a policy.json may come from a stranger.
+
+Hydra calls whatever `_target_` names, so a config could run any function of any installed package. Every target is
+therefore resolved first and must be a class or function that is defined (not merely imported) in one of PARTS; nothing
+outside them is imported on the way, and nothing in them touches files, processes or the network.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from types import FunctionType
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from robopolicy.errors import RobopolicyError
+from robopolicy.policies.base import Policy
+from robopolicy.types import TaskSpec
+
+PARTS = ("robopolicy.policies", "robopolicy.nn", "robopolicy.sampling", "robopolicy.timing")
+"""Where a policy config may take its parts from; these and the modules inside them."""
+
+
+def build_policy(config: Mapping[str, Any] | DictConfig, spec: TaskSpec) -> Policy:
+    """Return the policy that `config` (a choice of configs/policy) describes, for the task `spec`.
+
+    Raises:
+        RobopolicyError: a target is no part of the library, or a constructor refuses its arguments; names the key.
+    """
+    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    if not isinstance(plain, dict) or "_target_" not in plain:
+        raise RobopolicyError(f"A policy config needs a _target_, the class to build; got {plain!r:.200}.")
+    for key, value in _leaves(plain, "policy"):
+        if key.endswith("._target_"):
+            _require_part(key, value)
+        elif isinstance(value, str) and "${" in value:
+            raise RobopolicyError(f"{key}={value!r} is not resolved; a policy config must hold plain values.")
+    try:
+        factory = instantiate({**plain, "_partial_": True}, _convert_="all")
+        policy = factory(spec)
+    except InstantiationException as error:
+        where = str(error).partition("full_key: ")[2].strip()
+        raise RobopolicyError(f"policy{f'.{where}' if where else ''}: {error.__cause__ or error}") from error
+    except (TypeError, ValueError) as error:
+        raise RobopolicyError(f"policy: {error}") from error
+    if not isinstance(policy, Policy):
+        raise RobopolicyError(f"policy._target_={plain['_target_']!r} makes a {type(policy).__name__}, not a policy.")
+    return policy
+
+
+def _require_part(key: str, target: Any) -> None:
+    """Raise RobopolicyError unless `target` is the dotted name of a class or function defined in PARTS."""
+    found = _locate(target) if isinstance(target, str) and _inside(target) else None
+    if not (isinstance(found, type | FunctionType) and _inside(found.__module__)):
+        raise RobopolicyError(
+            f"{key}={target!r} is refused: a policy is built only from classes and functions that are defined in "
+            f"{', '.join(PARTS)}."
+        )
+
+
+def _locate(name: str) -> Any:
+    """Return what the dotted `name` means, or None; imports modules inside PARTS only."""
+    words = name.split(".")
+    found: Any = None
+    for used in range(1, len(words) + 1):
+        module = ".".join(words[:used])
+        if module != "robopolicy" and not _inside(module):
+            return None
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:
+            break
+    else:
+        return found
+    for word in words[used - 1 :]:
+        found = getattr(found, word, None)
+    return found
+
+
+def _inside(name: str) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in PARTS)
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}")
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from _leaves(value, f"{path}[{index}]")
+    else:
+        yield path, tree
