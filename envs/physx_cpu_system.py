@@ -1,0 +1,407 @@
+"""Many PhysX CPU scenes behind the surface of SAPIEN's PhysX GPU system.
+
+ManiSkill's batched code talks to `PhysxGpuSystem`: flat buffers for all bodies and articulations, `gpu_fetch_*` to fill
+them, `gpu_apply_*` to write them back, contact queries. `PhysxCpuBatch` offers the same names over one `PhysxCpuSystem` per
+environment. Reading costs one `pack()` per scene, which returns the state of all its bodies in one block of bytes; link
+poses and velocities follow from joint positions by compiled kinematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import sapien
+import sapien.physx as physx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import physx_kinematics as kinematics
+from .physx_contacts import ContactReader, ImpulseQuery
+from .physx_threads import WorkerPool, worker_pool
+
+_BODY = 13
+"""Numbers `pack()` writes per body: quaternion, position, linear velocity, angular velocity."""
+_TO_MANISKILL = np.array([4, 5, 6, 0, 1, 2, 3, 7, 8, 9, 10, 11, 12])
+"""ManiSkill's order of the same: position, quaternion, velocities."""
+_POSE_TOLERANCE = 2e-5
+
+
+class Buffer:
+    """A tensor that answers to `torch()` as SAPIEN's CUDA arrays do."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def torch(self) -> Tensor:
+        return self._tensor
+
+
+class _ArticulationTable:
+    """Constant data of all articulations, flat over links, as `physx_kinematics` wants it."""
+
+    def __init__(self, articulations: Sequence[Any], first_row: int) -> None:
+        self.first_link = np.zeros(len(articulations) + 1, np.int64)
+        parent, kind, index, in_parent, child_inverse, center = [], [], [], [], [], []
+        for a, articulation in enumerate(articulations):
+            links, base = articulation.links, int(self.first_link[a])
+            active = list(articulation.active_joints)
+            position = {link: i for i, link in enumerate(links)}
+            for link in links:
+                joint, up = link.joint, link.parent
+                if up is not None and joint.type not in kinematics.JOINT_TYPES:
+                    raise NotImplementedError(f"A joint of type {joint.type!r} ({joint.name}) cannot be batched on the CPU.")
+                parent.append(-1 if up is None else base + position[up])
+                kind.append(kinematics.FIXED if up is None else kinematics.JOINT_TYPES[joint.type])
+                index.append(active.index(joint) if joint in active else -1)
+                in_parent.append(_vector(joint.pose_in_parent))
+                child_inverse.append(_vector(joint.pose_in_child.inv()))
+                center.append(link.cmass_local_pose.p)
+            self.first_link[a + 1] = base + len(links)
+        count = len(parent)
+        self.parent, self.kind = np.array(parent, np.int64), np.array(kind, np.int64)
+        self.q_index = np.array(index, np.int64)
+        self.in_parent = np.array(in_parent, float).reshape(count, 7)
+        self.child_inverse = np.array(child_inverse, float).reshape(count, 7)
+        self.mass_center = np.array(center, float).reshape(count, 3)
+        self.row = first_row + np.arange(count, dtype=np.int64)
+        self.root_row = self.row[self.first_link[:-1]]
+        self.sign = np.ones(count)
+
+
+class PhysxCpuBatch:
+    """The scenes `systems`, one per environment, as one system; names without underscore follow `PhysxGpuSystem`."""
+
+    def __init__(self, systems: Sequence[physx.PhysxCpuSystem], pool: WorkerPool | None = None) -> None:
+        self.systems = list(systems)
+        self._pool = pool or worker_pool()
+        self._initialised = False
+        self._contacts = ContactReader(self.systems)
+
+    @property
+    def timestep(self) -> float:
+        return self.systems[0].timestep
+
+    @timestep.setter
+    def timestep(self, value: float) -> None:
+        for system in self.systems:
+            system.timestep = value
+
+    def get_timestep(self) -> float:
+        return self.timestep
+
+    def set_timestep(self, value: float) -> None:
+        self.timestep = value
+
+    @property
+    def rigid_dynamic_components(self) -> list[Any]:
+        return [body for system in self.systems for body in system.rigid_dynamic_components]
+
+    @property
+    def rigid_static_components(self) -> list[Any]:
+        return [body for system in self.systems for body in system.rigid_static_components]
+
+    @property
+    def articulation_link_components(self) -> list[Any]:
+        return [link for system in self.systems for link in system.articulation_link_components]
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+    def gpu_init(self) -> None:
+        """Lay out the buffers once all scenes are built, and read the first state."""
+        self._bodies: list[Any] = []
+        self._articulations: list[Any] = []
+        self._scene_of_body: list[int] = []
+        self._scene_of_articulation: list[int] = []
+        pack_body: list[int] = []
+        pack_articulation: list[int] = []
+        offset = 0
+        for scene, system in enumerate(self.systems):
+            for body in system.rigid_dynamic_components:
+                self._bodies.append(body)
+                self._scene_of_body.append(scene)
+                pack_body.append(offset)
+                offset += _BODY
+            for link in system.articulation_link_components:
+                if link.is_root:
+                    self._articulations.append(link.articulation)
+                    self._scene_of_articulation.append(scene)
+                    pack_articulation.append(offset)
+                    offset += _BODY + 4 * link.articulation.dof
+        self._kinematic = np.array([body.kinematic for body in self._bodies], bool)
+        self._table = _ArticulationTable(self._articulations, len(self._bodies))
+        self._allocate()
+        self._index_pack(np.array(pack_body, np.int64), np.array(pack_articulation, np.int64), offset)
+        self._initialised = True
+        self._calibrate()
+
+    def _allocate(self) -> None:
+        count, bodies = len(self._articulations), len(self._bodies) + len(self._table.parent)
+        self._dof = np.array([a.dof for a in self._articulations], np.int64)
+        width = int(self._dof.max(initial=0))
+
+        def zeros(*shape: int) -> tuple[NDArray[np.float32], Buffer]:
+            array = np.zeros(shape, np.float32)
+            return array, Buffer(torch.from_numpy(array))
+
+        self._body, self.cuda_rigid_body_data = zeros(bodies, _BODY)
+        self._force, self.cuda_rigid_body_force = zeros(bodies, 4)
+        self._torque, self.cuda_rigid_body_torque = zeros(bodies, 4)
+        self._qpos, self.cuda_articulation_qpos = zeros(count, width)
+        self._qvel, self.cuda_articulation_qvel = zeros(count, width)
+        self._qacc, self.cuda_articulation_qacc = zeros(count, width)
+        self._qf, self.cuda_articulation_qf = zeros(count, width)
+        self._target, self.cuda_articulation_target_qpos = zeros(count, width)
+        self._target_velocity, self.cuda_articulation_target_qvel = zeros(count, width)
+        self._seen = {name: getattr(self, name).copy() for name in ("_body", "_qpos", "_qvel", "_qf")}
+        self._seen_target = np.zeros_like(self._target)
+        self._seen_target_velocity = np.zeros_like(self._target)
+        self._joints = [list(a.active_joints) for a in self._articulations]
+        self._driven = [
+            any(float(np.max(j.stiffness)) != 0 or float(np.max(j.damping)) != 0 for j in joints) for joints in self._joints
+        ]
+        self._forced = np.zeros(len(self.systems), bool)
+        self._velocities_stale = True
+        rows = {body: i for i, body in enumerate(self._bodies)}
+        for a, articulation in enumerate(self._articulations):
+            for k, link in enumerate(articulation.links):
+                rows[link] = int(self._table.row[self._table.first_link[a] + k])
+        self._row_of_body = rows
+        self._row_of_articulation = {articulation: i for i, articulation in enumerate(self._articulations)}
+
+    def _index_pack(self, body: NDArray[np.int64], articulation: NDArray[np.int64], size: int) -> None:
+        """Precompute where in the joined packs every number of the buffers stands."""
+        self._pack_size = size
+        self._take_body = body[:, None] + _TO_MANISKILL
+        self._take_root = articulation[:, None] + _TO_MANISKILL
+        width = self._qpos.shape[1]
+        column = np.arange(width)
+        inside = column < self._dof[:, None]
+        start = articulation[:, None] + _BODY
+        self._padding = ~inside
+        self._take_qpos = np.where(inside, start + column, 0)
+        self._take_qvel = np.where(inside, start + self._dof[:, None] + column, 0)
+        self._take_target = np.where(inside, start + 2 * self._dof[:, None] + 2 * column, 0)
+
+    def _calibrate(self) -> None:
+        """Find the sign of each link's quaternion, and make sure that packs and kinematics agree with SAPIEN's answers."""
+        for articulation in self._articulations:
+            articulation.set_qpos(articulation.qpos)  # links stand at the origin until a joint is set
+        self._read_packs()
+        self._target[:] = np.where(self._padding, 0, self._packs[self._take_target])
+        self._target_velocity[:] = np.where(self._padding, 0, self._packs[self._take_target + ~self._padding])
+        self._seen_target[:], self._seen_target_velocity[:] = self._target, self._target_velocity
+        self.fetch()
+        table, links = self._table, [link for a in self._articulations for link in a.links]
+        true = np.array([_vector(x.entity_pose) for x in [*self._bodies, *links]], np.float64).reshape(-1, 7)
+        mine = self._body[:, :7].astype(np.float64)
+        table.sign[:] = np.where((mine[table.row, 3:] * true[table.row, 3:]).sum(1) < 0, -1.0, 1.0)
+        mine[table.row, 3:] *= table.sign[:, None]
+        worst = np.abs(mine - true).max(initial=0)
+        joints = [np.abs(self._qpos[i, : a.dof] - a.qpos).max(initial=0) for i, a in enumerate(self._articulations)]
+        if worst > _POSE_TOLERANCE or max(joints, default=0) > _POSE_TOLERANCE:
+            raise RuntimeError(
+                f"Poses read in one block differ from SAPIEN's own by {max(worst, *joints):.2g}: "
+                "the layout of PhysxCpuSystem.pack() is not the one of SAPIEN 3.0.3."
+            )
+        self.fetch()
+
+    def body_rows(self, bodies: Sequence[Any]) -> Tensor:
+        """Return where `bodies` (components) stand in `cuda_rigid_body_data`, [K] int64."""
+        return torch.tensor([self._row_of_body[body] for body in bodies])
+
+    def articulation_rows(self, articulations: Sequence[Any]) -> Tensor:
+        """Return where `articulations` stand in the articulation buffers, [K] int32 as ManiSkill combines it."""
+        return torch.tensor([self._row_of_articulation[a] for a in articulations], dtype=torch.int32)
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+    def _read_packs(self) -> None:
+        self._packs = np.frombuffer(b"".join([system.pack() for system in self.systems]), np.float32)
+        if len(self._packs) != self._pack_size:
+            raise RuntimeError(
+                f"The scenes hold {len(self._packs)} numbers where {self._pack_size} were expected: bodies were added or "
+                "removed after the simulation was set up, or SAPIEN's pack() has changed."
+            )
+
+    def fetch(self) -> None:
+        """Read the state of all scenes into the buffers; velocities of links wait until someone asks."""
+        self._read_packs()
+        packs, table, body = self._packs, self._table, self._body
+        np.take(packs, self._take_body, out=body[: len(self._bodies)])
+        if self._articulations:
+            root = packs[self._take_root]
+            np.take(packs, self._take_qpos, out=self._qpos)
+            np.take(packs, self._take_qvel, out=self._qvel)
+            if self._padding.any():
+                self._qpos[self._padding] = 0
+                self._qvel[self._padding] = 0
+            body[table.root_row, 7:] = root[:, 7:]
+            kinematics.forward_kinematics(
+                table.first_link, table.parent, table.kind, table.q_index, table.in_parent, table.child_inverse,
+                table.sign, root[:, :7], self._qpos, table.row, body,
+            )  # fmt: skip
+        self._velocities_stale = True
+        for name, seen in self._seen.items():
+            np.copyto(seen, getattr(self, name))
+
+    def bodies_with_velocities(self) -> Tensor:
+        """Return `cuda_rigid_body_data` [bodies, 13] with the velocities of links filled in too."""
+        if self._velocities_stale and self._articulations:
+            table = self._table
+            kinematics.link_velocities(
+                table.first_link, table.parent, table.kind, table.q_index, table.child_inverse, table.mass_center,
+                self._seen["_qvel"], table.row, self._seen["_body"],
+            )  # fmt: skip
+            inner = table.row[table.parent >= 0]
+            self._body[inner, 7:] = self._seen["_body"][inner, 7:]
+        self._velocities_stale = False
+        return self.cuda_rigid_body_data.torch()
+
+    def gpu_fetch_rigid_dynamic_data(self) -> None:
+        self.fetch()
+
+    def gpu_fetch_articulation_qpos(self) -> None:
+        self.fetch()
+
+    gpu_fetch_articulation_link_pose = gpu_fetch_articulation_qpos
+    gpu_fetch_articulation_link_velocity = gpu_fetch_articulation_qpos
+    gpu_fetch_articulation_qvel = gpu_fetch_articulation_qpos
+
+    def gpu_fetch_articulation_qacc(self) -> None:
+        for i, articulation in enumerate(self._articulations):
+            self._qacc[i, : articulation.dof] = articulation.qacc
+
+    def gpu_fetch_articulation_target_qpos(self) -> None:
+        """Nothing to do: targets change only through this object."""
+
+    def gpu_fetch_articulation_target_qvel(self) -> None:
+        """Nothing to do: targets change only through this object."""
+
+    def gpu_fetch_articulation_link_incoming_joint_forces(self) -> None:
+        width = max((len(a.links) for a in self._articulations), default=0)
+        forces = np.zeros((len(self._articulations), width, 6), np.float32)
+        for i, articulation in enumerate(self._articulations):
+            forces[i, : len(articulation.links)] = articulation.get_link_incoming_joint_forces()
+        self.cuda_articulation_link_incoming_joint_forces = Buffer(torch.from_numpy(forces))
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+    def force_writing(self, scenes: Tensor) -> None:
+        """Make the next `apply_state` write everything of `scenes` [N] bool, changed or not, and forget their contacts."""
+        self._forced |= scenes.numpy()
+        self._contacts.forget(self._forced)
+
+    def apply_state(self) -> None:
+        """Write what differs from the last reading, and all of the scenes named by `force_writing`."""
+        self.gpu_apply_rigid_dynamic_data()
+        self.gpu_apply_articulation_qpos()
+        self.gpu_apply_articulation_qvel()
+        self.gpu_apply_articulation_qf()
+        self.gpu_apply_articulation_root_pose()
+        self.gpu_apply_articulation_root_velocity()
+        self._forced[:] = False
+
+    def _changed(self, name: str, rows: slice | NDArray[np.int64], columns: slice, scenes: list[int]) -> list[int]:
+        now, before = getattr(self, name)[rows, columns], self._seen[name][rows, columns]
+        different = (now != before).any(1)
+        if self._forced.any():
+            different |= self._forced[scenes]
+        return np.nonzero(different)[0].tolist()
+
+    def gpu_apply_rigid_dynamic_data(self) -> None:
+        rows = slice(0, len(self._bodies))
+        for i in self._changed("_body", rows, slice(0, 7), self._scene_of_body):
+            self._bodies[i].entity.pose = sapien.Pose(self._body[i, :3], self._body[i, 3:7])
+        for i in self._changed("_body", rows, slice(7, 13), self._scene_of_body):
+            if not self._kinematic[i]:
+                self._bodies[i].linear_velocity = self._body[i, 7:10]
+                self._bodies[i].angular_velocity = self._body[i, 10:13]
+
+    def gpu_apply_rigid_dynamic_force(self) -> None:
+        """Push each body's centre of mass by `cuda_rigid_body_force` [bodies, :3], in newtons, during the next step."""
+        for i in np.nonzero(self._force[: len(self._bodies), :3].any(1))[0].tolist():
+            body = self._bodies[i]
+            body.add_force_at_point(force=self._force[i, :3], point=(body.pose * body.cmass_local_pose).p)
+        self._force[:] = 0
+
+    def _apply_joints(self, name: str, setter: str) -> None:
+        for i in self._changed(name, slice(None), slice(None), self._scene_of_articulation):
+            articulation = self._articulations[i]
+            getattr(articulation, setter)(getattr(self, name)[i, : articulation.dof])
+
+    def gpu_apply_articulation_qpos(self) -> None:
+        self._apply_joints("_qpos", "set_qpos")
+
+    def gpu_apply_articulation_qvel(self) -> None:
+        self._apply_joints("_qvel", "set_qvel")
+
+    def gpu_apply_articulation_qf(self) -> None:
+        self._apply_joints("_qf", "set_qf")
+
+    def gpu_apply_articulation_root_pose(self) -> None:
+        for i in self._changed("_body", self._table.root_row, slice(0, 7), self._scene_of_articulation):
+            row = self._body[self._table.root_row[i]]
+            self._articulations[i].root_pose = sapien.Pose(row[:3], row[3:7])
+
+    def gpu_apply_articulation_root_velocity(self) -> None:
+        for i in self._changed("_body", self._table.root_row, slice(7, 13), self._scene_of_articulation):
+            row = self._body[self._table.root_row[i]]
+            self._articulations[i].set_root_linear_velocity(row[7:10])
+            self._articulations[i].set_root_angular_velocity(row[10:13])
+
+    def gpu_apply_articulation_target_position(self) -> None:
+        """Set every drive's target, as ManiSkill's CPU controllers do at each step (it keeps the robot awake)."""
+        self._apply_targets(self._target, self._seen_target, "set_drive_target")
+
+    def gpu_apply_articulation_target_velocity(self) -> None:
+        self._apply_targets(self._target_velocity, self._seen_target_velocity, "set_drive_velocity_target")
+
+    def _apply_targets(self, target: NDArray[np.float32], seen: NDArray[np.float32], setter: str) -> None:
+        values = target.tolist()
+        for i, joints in enumerate(self._joints):
+            if self._driven[i] or (target[i] != seen[i]).any():
+                for joint, value in zip(joints, values[i], strict=False):
+                    getattr(joint, setter)(value)
+        np.copyto(seen, target)
+
+    def gpu_update_articulation_kinematics(self) -> None:
+        """Nothing to do: SAPIEN's CPU articulations move their links as soon as a joint is set."""
+
+    def sync_poses_gpu_to_cpu(self) -> None:
+        """Nothing to do: the scenes are on the CPU."""
+
+    # ---- stepping ----------------------------------------------------------------------------------------------------
+    def step(self) -> None:
+        """Advance every scene by one time step."""
+        self.step_many(1)
+
+    def step_many(self, count: int) -> None:
+        """Advance every scene by `count` time steps; scenes are spread over the threads."""
+
+        def advance(system: physx.PhysxCpuSystem) -> None:
+            for _ in range(count):
+                system.step()
+
+        self._contacts.forget_all()
+        self._pool.map(advance, self.systems)
+
+    # ---- contacts ----------------------------------------------------------------------------------------------------
+    def get_contacts(self) -> list[Any]:
+        """Return the contacts of all scenes."""
+        return [contact for system in self.systems for contact in system.get_contacts()]
+
+    def gpu_create_contact_pair_impulse_query(self, pairs: Sequence[tuple[Any, Any]]) -> ImpulseQuery:
+        return self._contacts.watch_pairs(pairs)
+
+    def gpu_create_contact_body_impulse_query(self, bodies: Sequence[Any]) -> ImpulseQuery:
+        return self._contacts.watch_bodies(bodies)
+
+    def gpu_query_contact_pair_impulses(self, query: ImpulseQuery) -> None:
+        self._contacts.read(query)
+
+    def gpu_query_contact_body_impulses(self, query: ImpulseQuery) -> None:
+        self._contacts.read(query)
+
+
+def _vector(pose: sapien.Pose) -> NDArray[np.float32]:
+    return np.concatenate([pose.p, pose.q])

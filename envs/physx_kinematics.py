@@ -1,0 +1,160 @@
+"""Kinematics of many articulations at once, compiled: link poses, link velocities, and closed-loop inverse kinematics.
+
+Every row is computed by scalar float64 arithmetic that never looks at another row, so the result for one environment does
+not depend on how many there are. Poses are [x, y, z, qw, qx, qy, qz] as in ManiSkill.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+FIXED, REVOLUTE, PRISMATIC = 0, 1, 2
+JOINT_TYPES = {
+    "fixed": FIXED,
+    "undefined": FIXED,
+    "revolute": REVOLUTE,
+    "revolute_unwrapped": REVOLUTE,
+    "prismatic": PRISMATIC,
+}
+
+Floats = NDArray[np.float64]
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _quat_mul(a: Any, b: Any) -> Any:
+    return (
+        a[0] * b[0] - a[1] * b[1] - a[2] * b[2] - a[3] * b[3],
+        a[0] * b[1] + a[1] * b[0] + a[2] * b[3] - a[3] * b[2],
+        a[0] * b[2] - a[1] * b[3] + a[2] * b[0] + a[3] * b[1],
+        a[0] * b[3] + a[1] * b[2] - a[2] * b[1] + a[3] * b[0],
+    )
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _rotate(q: Any, v: Any) -> Any:
+    tx = 2.0 * (q[2] * v[2] - q[3] * v[1])
+    ty = 2.0 * (q[3] * v[0] - q[1] * v[2])
+    tz = 2.0 * (q[1] * v[1] - q[2] * v[0])
+    return (
+        v[0] + q[0] * tx + q[2] * tz - q[3] * ty,
+        v[1] + q[0] * ty + q[3] * tx - q[1] * tz,
+        v[2] + q[0] * tz + q[1] * ty - q[2] * tx,
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def forward_kinematics(
+    first_link: NDArray[np.int64],
+    parent: NDArray[np.int64],
+    kind: NDArray[np.int64],
+    q_index: NDArray[np.int64],
+    in_parent: Floats,
+    child_inverse: Floats,
+    sign: Floats,
+    root_pose: NDArray[np.float32],
+    qpos: NDArray[np.float32],
+    body_row: NDArray[np.int64],
+    out: NDArray[np.float32],
+) -> None:
+    """Write the pose of every link into `out[body_row[link], :7]`.
+
+    A links of articulation `a` are `first_link[a]:first_link[a + 1]`, parents before children; `parent` is a position in
+    that list or -1; `in_parent` and `child_inverse` [L, 7] are the joint frame seen from the parent link and the link seen
+    from the joint frame, whose x axis is the joint's. `root_pose` [A, 7], `qpos` [A, D].
+    """
+    pose = np.empty((parent.shape[0], 7))
+    for a in range(first_link.shape[0] - 1):
+        for link in range(first_link[a], first_link[a + 1]):
+            if parent[link] < 0:
+                for k in range(7):
+                    pose[link, k] = root_pose[a, k]
+            else:
+                _place_link(pose, link, parent[link], kind[link], q_index[link], in_parent, child_inverse, qpos[a])
+            row = body_row[link]
+            for k in range(3):
+                out[row, k] = pose[link, k]
+            for k in range(3, 7):
+                out[row, k] = pose[link, k] * sign[link]
+
+
+@numba.njit(cache=True, nogil=True)
+def _place_link(
+    pose: Floats, link: int, up: int, kind: int, index: int, in_parent: Floats, child_inverse: Floats, q: Any
+) -> None:
+    x, f = in_parent[link], child_inverse[link]
+    rot = _quat_mul((pose[up, 3], pose[up, 4], pose[up, 5], pose[up, 6]), (x[3], x[4], x[5], x[6]))
+    d = _rotate((pose[up, 3], pose[up, 4], pose[up, 5], pose[up, 6]), (x[0], x[1], x[2]))
+    px, py, pz = pose[up, 0] + d[0], pose[up, 1] + d[1], pose[up, 2] + d[2]
+    if kind == REVOLUTE:
+        # PhysX wraps the angle to [-pi, pi] first; the sign of the quaternion depends on it
+        half = 0.5 * q[index] - np.pi * np.round(q[index] / (2.0 * np.pi))
+        rot = _quat_mul(rot, (np.cos(half), np.sin(half), 0.0, 0.0))
+    elif kind == PRISMATIC:
+        d = _rotate(rot, (float(q[index]), 0.0, 0.0))
+        px, py, pz = px + d[0], py + d[1], pz + d[2]
+    d = _rotate(rot, (f[0], f[1], f[2]))
+    rot = _quat_mul(rot, (f[3], f[4], f[5], f[6]))
+    scale = 1.0 / np.sqrt(rot[0] ** 2 + rot[1] ** 2 + rot[2] ** 2 + rot[3] ** 2)
+    pose[link, 0], pose[link, 1], pose[link, 2] = px + d[0], py + d[1], pz + d[2]
+    for k in range(4):
+        pose[link, 3 + k] = rot[k] * scale
+
+
+@numba.njit(cache=True, nogil=True)
+def link_velocities(
+    first_link: NDArray[np.int64],
+    parent: NDArray[np.int64],
+    kind: NDArray[np.int64],
+    q_index: NDArray[np.int64],
+    child_inverse: Floats,
+    mass_center: Floats,
+    qvel: NDArray[np.float32],
+    body_row: NDArray[np.int64],
+    out: NDArray[np.float32],
+) -> None:
+    """Write linear (of the centre of mass) and angular velocity of every link into `out[body_row[link], 7:]`.
+
+    `out[:, :7]` must hold the poses of all links, `out[:, 7:]` the velocities of the roots, which are left alone;
+    `mass_center` [L, 3] in the link's frame.
+    """
+    origin = np.empty((parent.shape[0], 3))
+    for a in range(first_link.shape[0] - 1):
+        for link in range(first_link[a], first_link[a + 1]):
+            row, up = body_row[link], parent[link]
+            q = (float(out[row, 3]), float(out[row, 4]), float(out[row, 5]), float(out[row, 6]))
+            c = _rotate(q, (mass_center[link, 0], mass_center[link, 1], mass_center[link, 2]))
+            if up < 0:
+                wx, wy, wz = float(out[row, 10]), float(out[row, 11]), float(out[row, 12])
+                origin[link, 0] = out[row, 7] - (wy * c[2] - wz * c[1])
+                origin[link, 1] = out[row, 8] - (wz * c[0] - wx * c[2])
+                origin[link, 2] = out[row, 9] - (wx * c[1] - wy * c[0])
+            else:
+                above = body_row[up]
+                wx, wy, wz = float(out[above, 10]), float(out[above, 11]), float(out[above, 12])
+                rx, ry, rz = out[row, 0] - out[above, 0], out[row, 1] - out[above, 1], out[row, 2] - out[above, 2]
+                vx = origin[up, 0] + wy * rz - wz * ry
+                vy = origin[up, 1] + wz * rx - wx * rz
+                vz = origin[up, 2] + wx * ry - wy * rx
+                if kind[link] != FIXED:
+                    f = child_inverse[link]
+                    # the joint's frame seen from the link: the x axis is the motion's
+                    axis = _rotate(q, _rotate((f[3], -f[4], -f[5], -f[6]), (1.0, 0.0, 0.0)))
+                    rate = float(qvel[a, q_index[link]])
+                    if kind[link] == PRISMATIC:
+                        vx, vy, vz = vx + axis[0] * rate, vy + axis[1] * rate, vz + axis[2] * rate
+                    else:
+                        # the joint's origin stands still; the link's origin lies off the axis by `arm`
+                        back = _rotate((f[3], -f[4], -f[5], -f[6]), (f[0], f[1], f[2]))
+                        arm = _rotate(q, back)
+                        wx, wy, wz = wx + axis[0] * rate, wy + axis[1] * rate, wz + axis[2] * rate
+                        vx += rate * (axis[1] * arm[2] - axis[2] * arm[1])
+                        vy += rate * (axis[2] * arm[0] - axis[0] * arm[2])
+                        vz += rate * (axis[0] * arm[1] - axis[1] * arm[0])
+                origin[link, 0], origin[link, 1], origin[link, 2] = vx, vy, vz
+                out[row, 7], out[row, 8] = vx + wy * c[2] - wz * c[1], vy + wz * c[0] - wx * c[2]
+                out[row, 9] = vz + wx * c[1] - wy * c[0]
+                out[row, 10], out[row, 11], out[row, 12] = wx, wy, wz

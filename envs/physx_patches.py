@@ -1,0 +1,143 @@
+"""The few places where ManiSkill itself has to know that its batched code may run on the CPU.
+
+Each patch leaves every other simulation alone: it looks whether the scene is a `BatchedScene` and otherwise calls the
+original. They are installed once, when the first batched environment is made, and only into the versions they were written
+for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import sapien
+from mani_skill.agents.controllers.pd_ee_pose import PDEEPosController
+from mani_skill.utils.structs.actor import Actor
+from mani_skill.utils.structs.articulation import Articulation
+from mani_skill.utils.structs.articulation_joint import ArticulationJoint
+from mani_skill.utils.structs.base import PhysxRigidBodyComponentStruct
+from mani_skill.utils.structs.link import Link
+from mani_skill.utils.structs.pose import Pose
+from torch import Tensor
+
+from robopolicy.errors import MissingRequirementError
+
+from .physx_controllers import set_end_effector_action
+from .physx_scene import BatchedScene
+
+TESTED = {"mani_skill": ("3.0.1", "3.1"), "sapien": ("3.0.3", "3.1")}
+"""Package to the first version these patches fit and the first that they may not fit."""
+
+
+def require_versions() -> None:
+    """Raise MissingRequirementError unless ManiSkill and SAPIEN are versions that the batched CPU simulation fits."""
+    for package, (first, after) in TESTED.items():
+        found = version(package)
+        if not _numbers(first) <= _numbers(found) < _numbers(after):
+            raise MissingRequirementError(
+                f"The batched CPU simulation patches {package} and fits {first} <= version < {after}; {found} is installed. "
+                f"Install a fitting one with: pip install '{package}>={first},<{after}', or use backend 'single' or 'cuda'."
+            )
+
+
+@functools.cache
+def install() -> None:
+    """Patch ManiSkill, once per process.
+
+    Raises:
+        MissingRequirementError: a version these patches were not written for.
+    """
+    require_versions()
+    # Where a body or articulation stands in the buffers: SAPIEN's CPU components refuse to tell a GPU index.
+    _replace_cached(PhysxRigidBodyComponentStruct, "_body_data_index", lambda s: s.px.body_rows(s._bodies))
+    _replace_cached(Articulation, "_data_index", lambda s: s.px.articulation_rows(s._objs))
+    _replace_cached(ArticulationJoint, "_data_index", lambda s: s.px.articulation_rows(s._physx_articulations))
+    # Velocities of links are computed only if somebody reads them, which ManiSkill does through this property. (It also
+    # stores the buffer's name at construction, and only for objects on a PhysxGpuSystem.)
+    _replace_property(PhysxRigidBodyComponentStruct, "_body_data", lambda s: s.px.bodies_with_velocities())
+    # Poses without ManiSkill's conversions, the same numbers in a third of the time; hidden actors keep their pose, since
+    # they are hidden by visibility.
+    _replace_property(Link, "pose", _body_pose)
+    _replace_property(Actor, "pose", _actor_pose, _set_actor_pose)
+    # The GPU simulation hides an actor by moving it away; scenes on the CPU have real visibility.
+    _replace_method(Actor, "hide_visual", functools.partial(_set_visible, visible=False))
+    _replace_method(Actor, "show_visual", functools.partial(_set_visible, visible=True))
+    # On the GPU one Newton step replaces inverse kinematics; here the CPU's solver runs for the whole batch.
+    _replace_method(PDEEPosController, "set_action", set_end_effector_action)
+
+
+def _is_batched(thing: Any) -> bool:
+    return isinstance(thing.scene, BatchedScene)
+
+
+def _replace_cached(owner: type, name: str, batched: Callable[[Any], Any]) -> None:
+    original: cached_property[Any] = vars(owner)[name]
+
+    def value(self: Any) -> Any:
+        return batched(self) if _is_batched(self) else original.func(self)
+
+    replacement = cached_property(value)
+    replacement.__set_name__(owner, name)
+    setattr(owner, name, replacement)
+
+
+def _replace_property(
+    owner: type, name: str, read: Callable[[Any], Any], write: Callable[[Any, Any], bool] | None = None
+) -> None:
+    """Replace a property's getter, and its setter if `write` is given; `write` returns false to use the original."""
+    original: property = vars(owner)[name]
+
+    def getter(self: Any) -> Any:
+        return read(self) if _is_batched(self) else original.fget(self)  # type: ignore[misc]
+
+    def setter(self: Any, value: Any) -> None:
+        if write is None or not _is_batched(self) or not write(self, value):
+            original.fset(self, value)  # type: ignore[misc]
+
+    setattr(owner, name, property(getter, setter if original.fset is not None else None, doc=original.__doc__))
+
+
+def _replace_method(owner: type, name: str, batched: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (batched if _is_batched(self) else original)(self, *args, **kwargs)
+
+    setattr(owner, name, method)
+
+
+def _body_pose(self: Any) -> Pose:
+    data: Tensor = self.px.cuda_rigid_body_data.torch()
+    return Pose(data[:, :7].index_select(0, self._body_data_index))
+
+
+def _actor_pose(self: Any) -> Pose:
+    return self.initial_pose if self.px_body_type == "static" else _body_pose(self)
+
+
+def _set_actor_pose(self: Any, value: Any) -> bool:
+    if not self.hidden:
+        return False
+    self.hidden = False  # else ManiSkill would set aside the pose until the actor is shown
+    try:
+        self.pose = value
+    finally:
+        self.hidden = True
+    return True
+
+
+def _set_visible(self: Any, *, visible: bool) -> None:
+    assert not self.has_collision_shapes
+    for entity in self._objs:
+        body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+        if body is not None:
+            body.visibility = float(visible)
+    self.hidden = not visible
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else 0 for part in text.split(".")[:3])
