@@ -31,7 +31,7 @@ class ObservationEncoder(nn.Module):
         *,
         use: Sequence[str] | None = None,
         state_width: int | None = None,
-        image: Callable[[Sequence[int]], nn.Module] = ImageEncoder,
+        image: Callable[[Sequence[int]], ImageEncoder] = ImageEncoder,
     ) -> None:
         super().__init__()
         names = list(observation) if use is None else list(use)
@@ -49,8 +49,9 @@ class ObservationEncoder(nn.Module):
                     nn.Linear(widths[name], state_width), nn.SiLU(), nn.Linear(state_width, state_width)
                 )
                 widths[name] = state_width
-        self.image_nets = nn.ModuleDict({_key(name): image(observation[name].shape) for name in self.images})
-        image_width = sum(int(net.out_dim) for net in self.image_nets.values())  # type: ignore
+        image_nets = {_key(name): image(observation[name].shape) for name in self.images}
+        self.image_nets = nn.ModuleDict(image_nets)
+        image_width = sum(net.out_dim for net in image_nets.values())
         self.out_dim = sum(widths.values()) + n_obs_steps * image_width
 
     def forward(self, modalities: Mapping[str, Tensor], *, generator: Rng = None) -> Tensor:

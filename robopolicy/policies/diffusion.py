@@ -22,7 +22,7 @@ from robopolicy.errors import RobopolicyError
 from robopolicy.policies.base import Policy
 from robopolicy.rng import Rng, randint, randn
 from robopolicy.sampling.prediction import Prediction, check_prediction, target
-from robopolicy.sampling.samplers import Sampler
+from robopolicy.sampling.samplers import Sampler, check_timesteps
 from robopolicy.sampling.schedule import NoiseSchedule
 from robopolicy.timing import ChunkTiming
 from robopolicy.types import Batch, Observation, TaskSpec, check_shape
@@ -67,7 +67,9 @@ class DiffusionPolicy(Policy):
         self.sampler = sampler
         self.prediction: Prediction = prediction
         self.loss_on_padding = loss_on_padding
-        self.warm_start_timesteps = None if warm_start_timesteps is None else tuple(warm_start_timesteps)
+        self.warm_start_timesteps: tuple[int, ...] | None = None
+        if warm_start_timesteps is not None:
+            self.warm_start_timesteps = check_timesteps(schedule, warm_start_timesteps)
         self.encoder = encoder(spec.observation, timing.n_obs_steps)
         self.network = network(spec.action.dim, timing.horizon, int(self.encoder.out_dim))  # type: ignore[arg-type]
         signal, sigma = schedule.tables()

@@ -222,13 +222,26 @@ def spaced_timesteps(schedule: NoiseSchedule, num_inference_steps: int, spacing:
     return tuple(scheduler.timesteps.tolist())
 
 
-def _pairs(schedule: NoiseSchedule, prediction: Prediction, levels: tuple[int, ...]) -> list[tuple[int, float, float]]:
-    """Return (level, its alpha_bar, alpha_bar of the next one) along `levels`."""
-    check_prediction(prediction)
+def check_timesteps(schedule: NoiseSchedule, timesteps: Sequence[int]) -> tuple[int, ...]:
+    """Return `timesteps` as a tuple.
+
+    Raises:
+        ValueError: it is empty, not strictly descending, or leaves the schedule.
+    """
+    levels = tuple(int(level) for level in timesteps)
     top = schedule.num_train_timesteps - 1
     descending = all(a > b for a, b in itertools.pairwise(levels))
     if not levels or not descending or levels[0] > top or levels[-1] < 0:
         raise ValueError(f"Timesteps must descend strictly within [{top}, 0]; got {list(levels)}.")
+    return levels
+
+
+def _pairs(
+    schedule: NoiseSchedule, prediction: Prediction, timesteps: tuple[int, ...]
+) -> list[tuple[int, float, float]]:
+    """Return (level, its alpha_bar, alpha_bar of the next one) along `timesteps`."""
+    check_prediction(prediction)
+    levels = check_timesteps(schedule, timesteps)
     alpha_bar = [*(schedule.alpha_bar[level] for level in levels), 1.0]
     return list(zip(levels, alpha_bar[:-1], alpha_bar[1:], strict=True))
 
