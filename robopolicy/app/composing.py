@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -39,11 +40,14 @@ def compose(verb: str, overrides: Sequence[str], *, config_dir: str | None = Non
     extra = [] if config_dir is None else [f"hydra.searchpath=[file://{_existing(config_dir)}]"]
     with hydra.initialize_config_module(CONFIGS, version_base=VERSION_BASE, job_name=verb):
         try:
-            cfg = hydra.compose(verb, [*extra, *overrides])
+            full = hydra.compose(verb, [*extra, *overrides], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise _explained(verb, [*extra, *overrides], error) from error
         choices = [word for word in overrides if _key(word).split("@")[0] in cli.groups()]
         defaults = hydra.compose(verb, [*extra, *choices])
+    HydraConfig.instance().set_config(full)  # as in a sweep, so that a verb can ask which choices were made
+    cfg = OmegaConf.masked_copy(full, [key for key in full if key != "hydra"])
+    OmegaConf.set_struct(cfg, True)
     _check_numbers(defaults, cfg)
     return cfg
 
