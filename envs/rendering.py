@@ -16,10 +16,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from robopolicy.errors import MissingRequirementError
 
+from .shaders import fast_shaders
 from .vulkan import INSTALL_VULKAN, Vulkan, prepare_vulkan
 
 __all__ = [
@@ -79,8 +81,12 @@ def render_backend() -> str | None:
                 continue
             if device.can_render():
                 # ManiSkill splits names at the colon; through its own table a name with a colon arrives whole.
+                if name == "cuda":
+                    return "sapien_cuda"
                 backend.render_backend_name_mapping[SOFTWARE] = name
-                return "sapien_cuda" if name == "cuda" else SOFTWARE
+                if any(d.is_cpu for d in vulkan.devices):
+                    _use_fast_shaders()
+                return SOFTWARE
     return None
 
 
@@ -157,6 +163,14 @@ class _Inert:
         if name.startswith("__"):
             raise AttributeError(name)
         return lambda *args, **kwargs: None
+
+
+def _use_fast_shaders() -> None:
+    import sapien
+    from sapien.pysapien import render
+
+    folder = fast_shaders(Path(sapien.__file__).parent / "vulkan_shader", sapien.__version__)
+    render._internal_set_shader_search_path(str(folder))
 
 
 def _refuse_download(message: str) -> bool:
