@@ -35,7 +35,11 @@ def build_policy(config: Mapping[str, Any] | DictConfig, spec: TaskSpec) -> Poli
         raise RobopolicyError(f"A policy config needs a _target_, the class to build; got {plain!r:.200}.")
     for key, value in _leaves(plain, "policy"):
         if key.endswith("._target_"):
-            _require_part(key, value)
+            found = _require_part(key, value)
+            if key == "policy._target_" and not (isinstance(found, type) and issubclass(found, Policy)):
+                raise RobopolicyError(
+                    f"{key}={value!r} is no policy; it must be a class derived from {Policy.__name__}."
+                )
         elif isinstance(value, str) and "${" in value:
             raise RobopolicyError(f"{key}={value!r} is not resolved; a policy config must hold plain values.")
     try:
@@ -46,19 +50,19 @@ def build_policy(config: Mapping[str, Any] | DictConfig, spec: TaskSpec) -> Poli
         raise RobopolicyError(f"policy{f'.{where}' if where else ''}: {error.__cause__ or error}") from error
     except (TypeError, ValueError) as error:
         raise RobopolicyError(f"policy: {error}") from error
-    if not isinstance(policy, Policy):
-        raise RobopolicyError(f"policy._target_={plain['_target_']!r} makes a {type(policy).__name__}, not a policy.")
+    assert isinstance(policy, Policy)
     return policy
 
 
-def _require_part(key: str, target: Any) -> None:
-    """Raise RobopolicyError unless `target` is the dotted name of a class or function defined in PARTS."""
+def _require_part(key: str, target: Any) -> type | FunctionType:
+    """Return what `target` names; raise RobopolicyError unless it is a class or function defined in PARTS."""
     found = _locate(target) if isinstance(target, str) and _inside(target) else None
     if not (isinstance(found, type | FunctionType) and _inside(found.__module__)):
         raise RobopolicyError(
             f"{key}={target!r} is refused: a policy is built only from classes and functions that are defined in "
             f"{', '.join(PARTS)}."
         )
+    return found
 
 
 def _locate(name: str) -> Any:

@@ -204,11 +204,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     kinds = {"step": int, "task_spec": dict, "timing": dict, "policy": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]:
         raise CheckpointError(f"{file} is incomplete: {', '.join(wrong)} missing or of the wrong kind.")
+    if "${" in json.dumps(config["policy"]):
+        raise CheckpointError(f"{file} has a policy config with interpolations; it must hold plain values.")
     try:
         TaskSpec.from_dict(config["task_spec"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} has no readable task_spec: {error!r}") from error
     return config
+
+
+def suggestion(wanted: str, names: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest of `names`, and all of them."""
+    known = sorted(names)
+    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    return (f" Did you mean {near[0]!r}?" if near else "") + _known(known)
 
 
 def _steps(run_dir: Path) -> list[Path]:
@@ -218,8 +227,7 @@ def _steps(run_dir: Path) -> list[Path]:
 
 def _runs(root: Path, wanted: Path | str) -> str:
     names = [p.parent.name for p in root.glob("*/last")] + [p.parent.name for p in root.glob("zoo/*/policy.json")]
-    near = difflib.get_close_matches(Path(wanted).name, names, n=1, cutoff=0.5)
-    return (f" Did you mean {near[0]!r}?" if near else "") + _known(sorted(names))
+    return suggestion(Path(wanted).name, names)
 
 
 def _known(names: Iterable[Path | str]) -> str:

@@ -1,0 +1,148 @@
+"""A run that is stopped, however rudely, and resumed is bit for bit the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from toy_training import run_toy
+
+from robopolicy.errors import CheckpointError, DataError
+from robopolicy.training import checkpoint, logging
+from robopolicy.training.interrupt import stop_on_signals
+from robopolicy.training.runs import claim, fingerprint, require_new, require_same_data
+
+FORK = multiprocessing.get_context("fork")  # starts in milliseconds, so that there is time for many kills
+
+
+def train_on(run_dir: Path, num_steps: int = 300, **changes: object) -> None:
+    """Train in `run_dir` from its last checkpoint, if any; leave with the exit code of the signal that stopped it."""
+    resume_from = checkpoint.resolve(run_dir) if (run_dir / "last").exists() else None
+    start = json.loads((resume_from / "policy.json").read_text())["step"] if resume_from else 0
+    with claim(run_dir), stop_on_signals() as stop, logging.open_logs([], run_dir, start_step=start) as log:
+        run_toy(
+            run_dir, num_steps=num_steps, resume_from=resume_from, stop=stop, log=log, **{"save_every": 17, **changes}
+        )
+    if stop():
+        raise SystemExit(stop.exit_code)
+
+
+def outcome(run_dir: Path) -> tuple[list[dict[str, float]], dict[str, bytes]]:
+    """Return the metrics, speeds left out, and the bytes of the last checkpoint."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    curve = [{k: v for k, v in row.items() if k not in ("train/samples_per_s", "train/data_share")} for row in rows]
+    last = checkpoint.resolve(run_dir)
+    return curve, {str(file.relative_to(last)): file.read_bytes() for file in last.rglob("*") if file.is_file()}
+
+
+def require_same_outcome(left: Path, right: Path) -> None:
+    (curve, files), (other_curve, other_files) = outcome(left), outcome(right)
+    assert curve == other_curve
+    assert files.keys() == other_files.keys()
+    assert [name for name in files if files[name] != other_files[name]] == []
+
+
+def test_killed_at_random_moments(tmp_path):
+    train_on(tmp_path / "whole")
+    moments, kills = random.Random(time.time_ns()), 0
+    for _ in range(60):
+        process = FORK.Process(target=train_on, args=(tmp_path / "killed",))
+        process.start()
+        process.join(timeout=moments.uniform(0.02, 0.1 if kills < 2 else 1.0))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    assert process.exitcode == 0
+    assert kills > 0
+    require_same_outcome(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_exit(tmp_path, number, code):
+    train_on(tmp_path / "whole", 200, save_every=1000)
+    process = FORK.Process(target=train_on, args=(tmp_path / "stopped", 200), kwargs={"save_every": 1000})
+    process.start()
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == code
+    assert 10 <= checkpoint.read_config(checkpoint.resolve(tmp_path / "stopped"))["step"] < 200
+    train_on(tmp_path / "stopped", 200, save_every=1000)
+    require_same_outcome(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"mixed_precision": "bf16"}, {"grad_clip": None}])
+def test_stopped_after_any_step(tmp_path, changes):
+    run_toy(tmp_path / "whole", **changes)
+    wanted = checkpoint.load_training_state(tmp_path / "whole" / "step_00000040")
+    for stop_at in (1, 9, 10, 23, 39):
+        run_dir, asked = tmp_path / str(stop_at), iter(range(1, 100))
+        run_toy(run_dir, stop=lambda asked=asked, at=stop_at: next(asked) == at, **changes)
+        halfway = checkpoint.resolve(run_dir)
+        assert halfway.name == f"step_{stop_at:08d}"
+        run_toy(run_dir, resume_from=halfway, **changes)
+        found = checkpoint.load_training_state(checkpoint.resolve(run_dir))
+        for group in ("weights", "optimizer"):
+            for name, value in getattr(wanted, group).items():
+                assert torch.equal(value, getattr(found, group)[name]), (stop_at, name)
+        assert found.info == wanted.info
+
+
+def test_other_number_of_processes_is_refused(tmp_path):
+    run_toy(tmp_path)
+    state = tmp_path / "step_00000040" / "training_state" / "state.json"
+    state.write_text(state.read_text().replace('"num_processes": 1', '"num_processes": 4'))
+    with pytest.raises(CheckpointError, match="accelerate launch --num_processes 4"):
+        run_toy(tmp_path, resume_from=tmp_path / "step_00000040")
+
+
+def test_state_of_another_policy_is_refused(tmp_path):
+    run_toy(tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit this policy"):
+        run_toy(tmp_path, resume_from=tmp_path / "step_00000040", width=9)
+
+
+def test_a_run_is_not_overwritten_nor_trained_twice_at_once(tmp_path):
+    require_new(tmp_path / "new")
+    with claim(tmp_path / "new"):
+        (tmp_path / "new" / "config.yaml").write_text("")
+        with pytest.raises(CheckpointError, match="Another process"), claim(tmp_path / "new"):
+            pass
+    with claim(tmp_path / "new"):  # free again
+        pass
+    with pytest.raises(CheckpointError, match=r"no checkpoint yet.*resume=true run=new"):
+        require_new(tmp_path / "new")
+
+
+def test_claim_clears_what_a_kill_left(tmp_path):
+    (tmp_path / ".step_00000010.tmp").mkdir()
+    (tmp_path / ".last.tmp").write_text("half")
+    (tmp_path / "step_00000005" / ".training_state.old").mkdir(parents=True)
+    with claim(tmp_path):
+        assert [p.name for p in tmp_path.rglob("*")] == ["step_00000005"]
+
+
+@pytest.mark.parametrize("size", [100, 300 * 2**20])
+def test_changed_demonstrations_are_noticed(tmp_path, size):
+    data = tmp_path / "demos.h5"
+    with open(data, "wb") as file:
+        file.truncate(size)
+    recorded = fingerprint(data)
+    assert require_same_data(data, recorded, tmp_path) == recorded
+    with open(data, "r+b") as file:
+        file.seek(size - 50)
+        file.write(b"x")
+    with pytest.raises(DataError, match="is not the file that the run"):
+        require_same_data(data, recorded, tmp_path)
