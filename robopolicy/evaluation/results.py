@@ -159,6 +159,11 @@ def require_disjoint(eval_seeds: Sequence[int], demo_seeds: Sequence[int]) -> No
         )
 
 
+def run_folder(policy_folder: Path) -> Path:
+    """Return the run of a step folder; a published policy is its own run."""
+    return policy_folder.parent if policy_folder.name.startswith("step_") else policy_folder
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """An evaluation read back from its folder."""

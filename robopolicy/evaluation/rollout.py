@@ -7,6 +7,7 @@ Sampling noise comes from one generator per episode, seeded from its seed: an ou
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -255,7 +256,7 @@ class _Wave:
                     success_at_end=None if stop_on_success else bool(success[-1, i]),
                     first_success_step=first,
                     num_steps=length,
-                    sum_reward=float(reward[:length, i].sum()),
+                    sum_reward=math.fsum(reward[:length, i].tolist()),  # a float32 sum would depend on N
                     max_reward=float(reward[:length, i].max()),
                     actions=action[:length, i].clone(),
                 )

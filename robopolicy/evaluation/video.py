@@ -6,9 +6,11 @@ little after the first success; the film still runs at the speed of the real rob
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -34,6 +36,62 @@ class Clip:
     first_success_step: int | None
     same_outcome: bool
     """The replay succeeded at the same step as the counted episode, or failed like it."""
+
+
+def record(
+    env: Environment,
+    episodes: Sequence[Episode],
+    folder: Path,
+    *,
+    size_px: int = 192,
+    stride: int | None = None,
+    budget_s: float = 18.0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Replay `episodes` in `env` and write `episodes.mp4`, `episodes.png` (its end) and `success.gif` into `folder`.
+
+    Args:
+        env: renders; any number of environments.
+        size_px: width and height of one tile.
+        stride: control steps per picture; None takes as few as can be rendered within about `budget_s`.
+        on_step: called with steps done and the most that there can be.
+
+    Returns:
+        the `video` entry of eval_info.json.
+    """
+    hold_steps = max(2, round(0.5 / env.task_spec.action.control_dt_s))
+    steps = sum(_shown_steps(episode, hold_steps) for episode in episodes)
+    stride = stride or affordable_stride(env, episodes[0].seed, steps / env.num_envs, budget_s)
+    fps = 1 / (env.task_spec.action.control_dt_s * stride)
+    clips = replay(env, episodes, size_px=size_px, stride=stride, hold_steps=hold_steps, on_step=on_step)
+    pictures = list(tiled(clips, columns=min(3, len(clips))))
+    pictures += [pictures[-1]] * round(fps)  # time to see how it ended before the film starts again
+    write_mp4(folder / "episodes.mp4", iter(pictures), fps=fps)
+    write_png(folder / "episodes.png", pictures[-1])
+    best = next((clip for clip in clips if clip.success_frame is not None), None)
+    if best is not None:
+        write_gif(folder / "success.gif", best, fps=fps)
+    return {
+        "mp4": "episodes.mp4",
+        "poster": "episodes.png",
+        "gif": None if best is None else "success.gif",
+        "seeds": [clip.seed for clip in clips],
+        "stride": stride,
+        "same_outcomes": all(clip.same_outcome for clip in clips),
+        "caption": f"The first {len(clips)} episodes, replayed at the speed of the robot."
+        if len(clips) > 1
+        else "The first episode, replayed at the speed of the robot.",
+    }
+
+
+def affordable_stride(env: Environment, seed: int, num_steps: float, budget_s: float) -> int:
+    """Return the least stride, at most 8, with which `num_steps` steps of `env` render within `budget_s`."""
+    env.reset(seed=[seed] * env.num_envs)
+    env.render()  # the first picture compiles shaders
+    begin = time.perf_counter()
+    env.render()
+    needed_s = (time.perf_counter() - begin) * num_steps
+    return int(np.clip(np.ceil(needed_s / budget_s), 1, 8))
 
 
 def replay(

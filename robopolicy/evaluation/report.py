@@ -1,0 +1,324 @@
+"""One HTML file that tells what a run was trained on, how well it does and how sure that is, and how to repeat it.
+
+The file needs nothing but itself: drawings, film and script are inside, and its content security policy forbids
+requests. What a run does not have yet (held-out loss, evaluation, film) is said, with the command that makes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import json
+import os
+import shlex
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from robopolicy.errors import CheckpointError
+from robopolicy.evaluation.charts import histogram, loss_chart
+from robopolicy.evaluation.results import Evaluation, read_evaluations
+
+MOST_VIDEO_BYTES = 30_000_000
+HIDDEN = frozenset({"_target_", "_partial_", "task_spec", "limits"})
+
+
+def render_report(run_dir: Path) -> Path:
+    """Write `run_dir`/report.html and return its path.
+
+    `run_dir` holds step folders, or is a published policy (with policy.json itself).
+
+    Raises:
+        CheckpointError: there is no policy in `run_dir`.
+    """
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(pc=percent, ms=milliseconds, duration=duration)
+    page = environment.get_template("report.html.j2").render(
+        css=Markup((here / "report.css").read_text()), **context(run_dir)
+    )
+    path = run_dir / "report.html"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def context(run_dir: Path) -> dict[str, Any]:
+    """Return all that the template shows."""
+    folder = _step_folder(run_dir)
+    config = json.loads((folder / "policy.json").read_text())
+    metrics = _metrics(run_dir)
+    evaluations = read_evaluations(run_dir)
+    main = _main(evaluations)
+    where = _as_typed(run_dir)
+    return {
+        "run": run_dir.resolve().name,
+        "where": where,
+        "written": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "task": config["task_spec"],
+        "step": config["step"],
+        "control_dt_s": config["task_spec"]["action"]["control_dt_s"],
+        "sections": _training_facts(config, folder, metrics),
+        "loss_svg": _loss(metrics),
+        "has_val": "val/loss" in metrics,
+        "main": None if main is None else _shown(main),
+        "evaluations": [_shown(one) for one in evaluations],
+        "latency_svg": _latency_chart(main),
+        "steps_svg": _steps_chart(main),
+        "video": _video(main),
+        "commands": _commands(config, where, evaluations),
+        "config_yaml": _text(run_dir / "config.yaml"),
+    }
+
+
+def percent(value: float) -> str:
+    """Return a percentage with one decimal where it has one: 97, 96.5."""
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def milliseconds(value: float) -> str:
+    """Return milliseconds with three significant digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in the unit that suits them: 0.8 s, 42 s, 3 min 5 s, 2 h 7 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _step_folder(run_dir: Path) -> Path:
+    """Return the folder of the run's last policy."""
+    candidates = [run_dir]
+    with contextlib.suppress(OSError):
+        candidates.append(run_dir / (run_dir / "last").read_text().strip())
+    candidates += sorted(run_dir.glob("step_*"), reverse=True)
+    for folder in candidates:
+        if (folder / "policy.json").is_file():
+            return folder
+    raise CheckpointError(f"{run_dir} holds no checkpoint to report on (no step_*/policy.json).")
+
+
+def _metrics(run_dir: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Return metric name to its steps and values; a line cut short by a crash is skipped."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for line in _text(run_dir / "metrics.jsonl").splitlines():
+        with contextlib.suppress(ValueError, KeyError, AttributeError):
+            row = json.loads(line)
+            step = row.pop("step")
+            for name, value in row.items():
+                if isinstance(value, int | float):
+                    steps, values = found.setdefault(name, ([], []))
+                    steps.append(step)
+                    values.append(value)
+    return found
+
+
+def _main(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """Return the evaluation in the headline: of the last step, as trained, with the most episodes; never the best."""
+
+    def rank(one: Evaluation) -> tuple[Any, ...]:
+        changed = bool(one.info["settings"].get("policy_overrides"))
+        return (one.info["checkpoint"].get("step") or 0, not changed, one.info["overall"]["n_episodes"], one.name)
+
+    return max(evaluations, key=rank, default=None)
+
+
+def _shown(one: Evaluation) -> dict[str, Any]:
+    """Return an evaluation with the parts of its time and a line about its settings worked out."""
+    info = one.info
+    time = info["time"]
+    parts = [("simulation", time["simulation_s"]), ("policy", time["policy_s"]), ("reset", time["reset_s"])]
+    parts.append(("other", time["other_s"]))
+    total = sum(seconds for _, seconds in parts) or 1.0
+    settings = info["settings"]
+    seeds = settings.get("seeds", [])
+    notes = [f"step {info['checkpoint'].get('step')}", f"seeds {_ranges(seeds)}"]
+    notes += [f"{key}={value}" for key, value in (settings.get("policy_overrides") or {}).items()]
+    return {
+        **info,
+        "name": one.name,
+        "rows": one.rows,
+        "note": ", ".join(notes),
+        "parts": [(name, seconds, 100 * seconds / total) for name, seconds in parts],
+    }
+
+
+def _loss(metrics: Mapping[str, Any]) -> Markup | None:
+    train = metrics.get("train/loss")
+    if train is None or not any(np.isfinite(v) and v > 0 for v in train[1]):
+        return None
+    return Markup(loss_chart(train, metrics.get("val/loss")))
+
+
+def _latency_chart(main: Evaluation | None) -> Markup | None:
+    for key in ("latency_batch_1", "latency"):
+        measured = main.info.get(key) if main else None
+        if measured and measured["num_calls"]:
+            marks = [("median", measured["median_ms"]), ("p95", measured["p95_ms"])]
+            label = f"ms per action chunk, batch {measured['batch_size']}"
+            return Markup(histogram(measured["calls_ms"], xlabel=label, ylabel="calls", marks=marks))
+    return None
+
+
+def _steps_chart(main: Evaluation | None) -> Markup | None:
+    steps = [row["first_success_step"] for row in main.rows if row["first_success_step"] is not None] if main else []
+    if len(steps) < 2:
+        return None
+    marks = [("median", float(np.median(steps)))]
+    return Markup(histogram(steps, xlabel="control steps to first success", ylabel="episodes", marks=marks))
+
+
+def _video(main: Evaluation | None) -> dict[str, Any] | None:
+    video = main.info.get("video") if main else None
+    if main is None or not video:
+        return None
+    film = main.folder / video["mp4"]
+    if not film.is_file():
+        return None
+    poster = main.folder / video["poster"]
+    small = film.stat().st_size <= MOST_VIDEO_BYTES
+    return {
+        **video,
+        "file": f"eval/{main.name}/{video['mp4']}",
+        "data": _data_url("video/mp4", film) if small else None,
+        "poster_data": _data_url("image/png", poster) if poster.is_file() else None,
+    }
+
+
+def _training_facts(config: Mapping[str, Any], folder: Path, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return titled lists of (name, value): task, data, policy, training."""
+    task, timing, policy = config["task_spec"], config["timing"], config["policy"]
+    action = task["action"]
+    seen = ", ".join(f"{n} [{', '.join(map(str, m['shape']))}]" for n, m in task["observation"].items())
+    task_facts = [
+        ("environment", task["env_id"]),
+        ("robot", task["robot"]),
+        ("control mode", f"{action['control_mode']}, {1 / action['control_dt_s']:g} Hz"),
+        ("observations", seen),
+        ("actions", ", ".join(action["names"])),
+        ("episode", f"at most {task['max_episode_steps']} steps"),
+    ]
+    size = num_parameters(folder / "model.safetensors")
+    policy_facts = [
+        ("class", str(policy.get("_target_", "unknown")).rpartition(".")[2]),
+        ("parameters", "unknown" if size is None else f"{size / 1e6:.2f} million"),
+        ("window", f"{timing['n_obs_steps']} observations"),
+        ("chunk", f"{timing['horizon']} predicted, {timing['n_action_steps']} executed"),
+        *_facts({key: value for key, value in policy.items() if key != "timing"}),
+    ]
+    train_facts = [("steps", f"{config['step']:,}")]
+    for name, label, digits in (
+        ("train/loss", "last training loss", 4),
+        ("val/loss", "last held-out loss", 4),
+        ("train/samples_per_s", "samples per second (median)", 3),
+    ):
+        if name in metrics:
+            values = metrics[name][1]
+            value = float(np.median(values)) if "per_s" in name else values[-1]
+            train_facts.append((label, f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"))
+    train_facts += _facts(config.get("train") or {})
+    return [
+        {"title": "Task", "facts": task_facts},
+        {"title": "Demonstrations", "facts": _facts(config.get("data") or {}), "missing": "The checkpoint names none."},
+        {"title": "Policy", "facts": policy_facts},
+        {"title": "Training", "facts": train_facts},
+    ]
+
+
+def num_parameters(weights: Path) -> int | None:
+    """Count the numbers in a safetensors file from its header alone; None if it cannot be read."""
+    try:
+        with weights.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        return sum(int(np.prod(t["shape"])) for name, t in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, struct.error):
+        return None
+
+
+def _facts(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten nested settings to (name, value); long lists of numbers become ranges, absent values are left out."""
+    out: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if key in HIDDEN or value is None:
+            if key == "_target_" and prefix:
+                out.append((prefix.rstrip(" "), str(value).rpartition(".")[2]))
+            continue
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            out += _facts(value, f"{name} ")
+        else:
+            out.append((name, _value(value)))
+    return out
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+            return f"{_ranges(value)} ({len(value)})" if len(value) > 4 else ", ".join(map(str, value))
+        return ", ".join(_value(item) for item in value)
+    return str(value)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write 3, 4, 5, 9 as 3-5, 9; beyond a few ranges only the ends."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    if len(runs) > 6:
+        return f"{runs[0][0]} to {runs[-1][1]}, not all"
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _commands(config: Mapping[str, Any], where: str, evaluations: Sequence[Evaluation]) -> list[str]:
+    train = (config.get("train") or {}).get("command")
+    commands = [train if isinstance(train, str) else shlex.join(train)] if train else []
+    commands += [one.info["command"] for one in evaluations]
+    return [*dict.fromkeys(commands), f"robopolicy report run={where}"]
+
+
+def _as_typed(run_dir: Path) -> str:
+    """Return the path that a user in the current folder would type."""
+    absolute = run_dir.resolve()
+    here = Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(run_dir)
+
+
+def _data_url(kind: str, path: Path) -> Markup:
+    return Markup(f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

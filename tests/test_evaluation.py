@@ -1,0 +1,378 @@
+"""Laws of evaluation, on a point mass whose outcomes are known, and a few real episodes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from statsmodels.stats.proportion import proportion_confint
+from torch import Tensor
+
+from robopolicy.errors import CheckpointError, RobopolicyError, ShapeError
+from robopolicy.evaluation.progress import progress_bar
+from robopolicy.evaluation.results import (
+    eval_info,
+    read_evaluation,
+    read_evaluations,
+    replaced_folder,
+    require_disjoint,
+    require_free,
+    write_results,
+)
+from robopolicy.evaluation.rollout import EvalResult, Progress, actor_latency, evaluate
+from robopolicy.evaluation.statistics import drop_warmup, wilson_interval
+from robopolicy.evaluation.video import replay, tiled, write_gif, write_mp4, write_png
+from robopolicy.rng import Rng, randn
+from robopolicy.types import ActionSpec, Frame, ModalitySpec, TaskSpec
+
+LENGTH = 20
+SEEDS = list(range(10000, 10023))
+
+
+def point_spec() -> TaskSpec:
+    two = ("x", "y")
+    action = ActionSpec(
+        names=two,
+        low=(-1.0, -1.0),
+        high=(1.0, 1.0),
+        delta=(True, True),
+        discrete=(False, False),
+        units=("m", "m"),
+        physical_low=(-0.1, -0.1),
+        physical_high=(0.1, 0.1),
+        control_mode="pd_delta_pos",
+        control_dt_s=0.05,
+    )
+    return TaskSpec(
+        name="point",
+        env_id="Point-v0",
+        robot="point",
+        instruction="Go to the origin.",
+        max_episode_steps=LENGTH,
+        observation={"proprio": ModalitySpec(shape=(2,), fields={"agent/qpos": 2})},
+        action=action,
+    )
+
+
+class PointEnv:
+    """A point that moves by a tenth of the action; success within .1 of the origin. Counts its resets."""
+
+    spec = None
+    device = torch.device("cpu")
+
+    def __init__(self, num_envs: int) -> None:
+        self.num_envs, self.task_spec, self.resets = num_envs, point_spec(), []
+
+    def reset(self, *, seed=None, options=None) -> tuple[Frame, dict]:
+        self.resets.append(list(seed))
+        starts = [torch.rand(2, generator=torch.Generator().manual_seed(s)) * 2 - 1 for s in seed]
+        self.where = torch.stack(starts)
+        return {"proprio": self.where.clone()}, {}
+
+    def step(self, actions: Tensor):
+        self.where = self.where + 0.1 * actions.clamp(-1, 1)
+        distance = self.where.norm(dim=-1)
+        info = {"success": distance < 0.1}
+        never = torch.zeros(self.num_envs, dtype=torch.bool)
+        return {"proprio": self.where.clone()}, -distance, info["success"].clone(), never, info
+
+    def render(self) -> Tensor:
+        picture = torch.full((self.num_envs, 48, 64, 3), 30, dtype=torch.uint8)
+        pixel = ((self.where + 1) / 2 * 47).round().long().clamp(1, 46)
+        for i, (x, y) in enumerate(pixel.tolist()):
+            picture[i, y - 1 : y + 2, x + 7 : x + 10] = 255
+        return picture
+
+    def close(self) -> None: ...
+
+
+class HomingActor:
+    """Walks to the origin with noise, in chunks of 4; seeds whose start has x > `lame_above` stand still."""
+
+    def __init__(self, num_envs: int, *, noise: float = 0.3, lame_above: float = 2.0, leave: bool = False) -> None:
+        self.n, self.noise, self.lame_above, self.leave = num_envs, noise, lame_above, leave
+        self.replanned = False
+        self.reset()
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        assert rows is None, "evaluation resets whole waves only"
+        self.age, self.lame = 0, None
+
+    def __call__(self, frame: Frame, *, generator: Rng = None) -> Tensor:
+        where = frame["proprio"]
+        self.replanned = self.age % 4 == 0
+        if self.replanned:
+            self.jitter = self.noise * randn(self.n, 2, generator=generator)
+        if self.lame is None:
+            self.lame = where[:, 0] > self.lame_above
+        self.age += 1
+        action = -10 * where + self.jitter
+        if self.leave and self.age > LENGTH // 2 + 5:
+            action = torch.ones_like(action)
+        return torch.where(self.lame[:, None], torch.zeros_like(action), action)
+
+
+def outcome(result: EvalResult) -> list[dict]:
+    return [episode.to_row(i) for i, episode in enumerate(result.episodes)]
+
+
+def run(num_envs: int, seeds=SEEDS, *, noise=0.3, lame_above=0.3, leave=False, **kwargs) -> EvalResult:
+    actor = HomingActor(num_envs, noise=noise, lame_above=lame_above, leave=leave)
+    return evaluate(actor, PointEnv(num_envs), seeds=seeds, **kwargs)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (97, 100), (1, 3), (50, 100)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_wilson_interval_agrees_with_statsmodels_and_contains_the_rate(k, n, confidence):
+    low, high = wilson_interval(k, n, confidence)
+    assert (low, high) == pytest.approx(proportion_confint(k, n, alpha=1 - confidence, method="wilson"), abs=1e-12)
+    assert 0 <= low <= k / n <= high <= 1
+    assert high - low > 0
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 0), (-1, 3), (4, 3)])
+def test_wilson_interval_refuses_impossible_counts(k, n):
+    with pytest.raises(ValueError, match="0 <= successes <= n"):
+        wilson_interval(k, n)
+
+
+def test_an_episode_depends_on_its_seed_alone():
+    whole = outcome(run(1))
+    for num_envs in (4, 7, 23):
+        assert outcome(run(num_envs)) == whole
+    backwards = outcome(run(5, SEEDS[::-1]))[::-1]
+    assert [{**row, "episode_ix": 0} for row in backwards] == [{**row, "episode_ix": 0} for row in whole]
+
+
+def test_the_same_command_gives_the_same_numbers_and_another_noise_seed_does_not():
+    torch.manual_seed(1)
+    first = outcome(run(8))
+    torch.manual_seed(2)
+    torch.rand(7)
+    assert outcome(run(8)) == first
+    other = outcome(run(8, noise_seed=1))
+    assert [row["sum_reward"] for row in other] != [row["sum_reward"] for row in first]
+
+
+def test_waves_reset_everything_together_and_only_the_padding_is_dropped():
+    env = PointEnv(5)
+    result = evaluate(HomingActor(5), env, seeds=SEEDS[:12])
+    assert [episode.seed for episode in result.episodes] == SEEDS[:12]
+    assert env.resets == [SEEDS[:5], SEEDS[5:10], [*SEEDS[10:12], 10012, 10013, 10014]]
+    assert result.num_env_steps == 3 * 5 * LENGTH
+
+
+def test_success_is_the_known_one():
+    result = run(6, noise=0.0, lame_above=0.3)
+    for episode in result.episodes:
+        start = torch.rand(2, generator=torch.Generator().manual_seed(episode.seed)) * 2 - 1
+        lame = bool(start[0] > 0.3)
+        assert episode.success_once == (not lame or bool(start.norm() < 0.1))
+        if episode.success_once and not lame:  # each step takes .1 off each coordinate
+            assert episode.first_success_step <= int(start.abs().max() / 0.1) + 1
+    assert 0 < result.num_success < len(SEEDS)
+    assert result.success_once == result.num_success / len(SEEDS)
+    assert result.interval == wilson_interval(result.num_success, len(SEEDS))
+
+
+def test_success_once_and_at_end_are_told_apart():
+    result = run(6, noise=0.0, lame_above=2.0, leave=True)
+    assert result.success_once == 1.0
+    assert result.success_at_end == 0.0
+
+
+def test_stop_on_success_freezes_each_episode_at_its_own_first_success():
+    full, stopped = run(6, noise=0.0), run(6, noise=0.0, stop_on_success=True)
+    assert [e.first_success_step for e in full.episodes] == [e.first_success_step for e in stopped.episodes]
+    assert all(e.num_steps == (e.first_success_step or LENGTH) for e in stopped.episodes)
+    assert stopped.success_at_end is None
+    assert outcome(run(1, noise=0.0, stop_on_success=True)) == outcome(stopped)
+    winners = [seed for seed, e in zip(SEEDS, full.episodes, strict=True) if e.success_once]
+    quick = run(len(winners), winners, noise=0.0, stop_on_success=True)
+    assert quick.num_env_steps < len(winners) * LENGTH
+
+
+def test_latency_counts_only_calls_that_ran_the_policy():
+    result = run(6, num_warmup_calls=3)
+    calls = 4 * (LENGTH // 4)  # 4 waves, a new chunk every 4 steps
+    assert len(result.latency.seconds) == calls - 3
+    assert result.latency.num_dropped == 3
+    assert result.latency.batch_size == 6
+    spent = result.reset_s + result.simulation_s + result.policy_s + result.other_s
+    assert spent == pytest.approx(result.wall_s)
+
+
+def test_latency_statistics_and_warmup():
+    latency = drop_warmup([9.0, *[0.001 * k for k in range(1, 101)]], batch_size=1, num_warmup=1)
+    assert latency.median_s == pytest.approx(0.0505)
+    assert latency.p95_s == pytest.approx(0.09505)
+    assert drop_warmup([1.0], batch_size=1, num_warmup=2).to_dict()["median_ms"] is None
+    one = actor_latency(HomingActor(1), {"proprio": torch.zeros(6, 2)}, num_calls=7, num_warmup_calls=2)
+    assert (len(one.seconds), one.batch_size) == (7, 1)
+
+
+class _ResettingEnv(PointEnv):
+    def step(self, actions):
+        *rest, info = super().step(actions)
+        return *rest, {**info, "final_info": {}}
+
+
+class _MuteEnv(PointEnv):
+    def step(self, actions):
+        return *super().step(actions)[:4], {"elapsed_steps": 1}
+
+
+class _BrokenActor(HomingActor):
+    def __call__(self, frame, *, generator=None):
+        action = super().__call__(frame, generator=generator)
+        action[1] = torch.nan
+        return action
+
+
+class _NarrowActor(HomingActor):
+    def __call__(self, frame, *, generator=None):
+        return super().__call__(frame, generator=generator)[:2]
+
+
+def test_what_cannot_be_counted_is_refused():
+    actor = HomingActor(2)
+    with pytest.raises(RobopolicyError, match="auto_reset=False"):
+        evaluate(actor, _ResettingEnv(2), seeds=[1, 2])
+    with pytest.raises(RobopolicyError, match=r"'point' reports no success.*elapsed_steps"):
+        evaluate(actor, _MuteEnv(2), seeds=[1, 2])
+    with pytest.raises(RobopolicyError, match="not finite at step 0 of seeds 8"):
+        evaluate(_BrokenActor(2), PointEnv(2), seeds=[7, 8])
+    with pytest.raises(ShapeError, match="N=3"):
+        evaluate(_NarrowActor(3), PointEnv(3), seeds=[1, 2, 3])
+    for seeds in ([], [1, 1]):
+        with pytest.raises(RobopolicyError, match="only once"):
+            evaluate(actor, PointEnv(2), seeds=seeds)
+
+
+def test_progress_reaches_the_end_and_shows_the_success():
+    seen: list[Progress] = []
+    result = run(6, on_step=seen.append)
+    assert seen[-1] == Progress(steps_done=80, steps_total=80, episodes_started=23, num_success=result.num_success)
+    assert [p.steps_done for p in seen] == list(range(1, 81))
+    assert all(a.num_success <= b.num_success for a, b in itertools.pairwise(seen))
+    with progress_bar(23) as show:
+        show(seen[-1])
+
+
+def test_demonstration_seeds_are_refused():
+    require_disjoint(SEEDS, range(100))
+    with pytest.raises(RobopolicyError, match=r"3 of the 23 .*10000, 10001, 10002.*seed=20000"):
+        require_disjoint(SEEDS, range(9000, 10003))
+
+
+def info_of(result: EvalResult, settings: dict, **changes) -> dict:
+    parts = {
+        "task": point_spec().to_dict(),
+        "checkpoint": {"path": "checkpoints/run/step_00000100", "step": 100, "weights_sha256": "0" * 64},
+        "settings": settings,
+        "latency_batch_1": result.latency,
+        "backend": "analytic",
+        "device": "cpu",
+        "command": "robopolicy eval checkpoint=checkpoints/run",
+        "video": None,
+    }
+    return eval_info(result, **{**parts, **changes})
+
+
+def test_results_come_back_from_disk_under_lerobot_names(tmp_path):
+    result = run(6)
+    folder = tmp_path / "eval" / "a"
+    with replaced_folder(folder) as staged:
+        write_results(staged, info_of(result, {"seeds": SEEDS}), result)
+    (back,) = read_evaluations(tmp_path)
+    top = back.info["overall"]
+    assert top["n_episodes"] == 23
+    assert top["pc_success"] == pytest.approx(100 * result.success_once)
+    assert top["pc_success_ci95"] == pytest.approx([100 * side for side in result.interval])
+    assert top["avg_sum_reward"] == pytest.approx(np.mean([e.sum_reward for e in result.episodes]))
+    assert back.info["failed_seeds"] == [row["seed"] for row in back.rows if not row["success"]]
+    assert back.info["per_task"][0]["metrics"]["successes"] == [row["success"] for row in back.rows]
+    assert back.info["versions"]["torch"] == torch.__version__
+    assert TaskSpec.from_dict(back.info["task_spec"]).differences(point_spec()) == []
+    assert back.rows == json.loads(json.dumps(outcome(result)))
+
+
+def test_an_evaluation_is_replaced_only_by_its_equal(tmp_path):
+    result, folder = run(23), tmp_path / "eval" / "a"
+    assert require_free(folder, {"seeds": 1}, overwrite=False) is None
+    with replaced_folder(folder) as staged:
+        write_results(staged, info_of(result, {"seeds": 1}), result)
+    assert require_free(folder, {"seeds": 1}, overwrite=False).name == "a"
+    with pytest.raises(CheckpointError, match="other settings \\(seeds\\)"):
+        require_free(folder, {"seeds": 2}, overwrite=False)
+    assert require_free(folder, {"seeds": 2}, overwrite=True).name == "a"
+    with pytest.raises(CheckpointError, match="no evaluation"):
+        require_free(tmp_path, {}, overwrite=False)
+
+
+def test_a_failing_block_leaves_the_earlier_folder_whole(tmp_path):
+    folder = tmp_path / "a"
+    with replaced_folder(folder) as staged:
+        (staged / "old").write_text("old")
+    with pytest.raises(FileNotFoundError), replaced_folder(folder) as staged:
+        (staged / "new" / "deep").write_text("there is no such folder")
+    assert [p.name for p in folder.iterdir()] == ["old"]
+    with replaced_folder(folder) as staged:
+        (staged / "new").write_text("new")
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "new"]
+
+
+def test_a_replay_shows_what_was_counted(tmp_path):
+    result = run(6)
+    for num_envs in (1, 4):
+        clips = replay(PointEnv(num_envs), result.episodes[:9], size_px=64, stride=2, hold_steps=4)
+        for clip, episode in zip(clips, result.episodes, strict=False):
+            assert clip.same_outcome
+            assert clip.seed == episode.seed
+            assert clip.first_success_step == episode.first_success_step
+            shown = min(LENGTH, (episode.first_success_step or LENGTH) + 4)
+            assert len(clip.frames) == 1 + shown // 2
+    frames = list(tiled(clips, columns=3))
+    assert len(frames) == 1 + LENGTH // 2
+    assert frames[0].shape == (192, 192, 3)
+    for clip, (x, y) in zip(clips, [(0, 0), (64, 0), (128, 0)], strict=False):
+        edge = frames[-1][y + 30, x]
+        assert (edge[1] > edge[0]) == (clip.success_frame is not None)  # green for success, red for failure
+        assert frames[0][y + 30, x].tolist() == [30, 30, 30] or clip.success_frame == 0
+
+    film = tmp_path / "a.mp4"
+    write_mp4(film, iter(frames), fps=10)
+    header = next(imageio_ffmpeg.read_frames(str(film)))
+    assert header["codec"] == "h264"
+    assert header["pix_fmt"].startswith("yuv420p")
+    assert header["size"] == (192, 192)
+    assert header["fps"] == 10
+    probe = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", film, "-f", "null", "-"], capture_output=True)
+    assert probe.returncode == 0
+    assert film.read_bytes().index(b"moov") < film.read_bytes().index(b"mdat"), "browsers want the index in front"
+    write_png(tmp_path / "a.png", frames[-1])
+    write_gif(tmp_path / "a.gif", clips[0], fps=10)
+    assert (tmp_path / "a.gif").read_bytes()[:6] == b"GIF89a"
+    with pytest.raises(RobopolicyError, match="No frames"):
+        write_mp4(film, iter([]), fps=10)
+
+
+def test_a_replay_that_ends_otherwise_says_so():
+    episode = run(1, noise=0.0, lame_above=2.0).episodes[0]
+
+    class Slippery(PointEnv):
+        def step(self, actions):
+            return super().step(0.1 * actions)
+
+    (clip,) = replay(Slippery(1), [episode], size_px=32)
+    assert not clip.same_outcome
+
+
+def test_a_broken_evaluation_folder_is_named(tmp_path):
+    with pytest.raises(RobopolicyError, match="not a readable evaluation"):
+        read_evaluation(tmp_path)
