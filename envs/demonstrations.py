@@ -1,0 +1,406 @@
+"""Collecting demonstrations: seeds are handed to worker processes, what they make is kept in a journal, then one file.
+
+The result depends on the recipe alone: the first `num_demos` successes in the order of their seeds, however many
+workers there were and however often the collection was interrupted and continued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from robopolicy.errors import DataError, RobopolicyError, UnknownNameError
+
+from .demo_files import Attempt, Journal, Tally, write_trajectories
+from .demo_worker import Recipe, serve
+from .playback import ENCODERS, Shortening
+from .solvers import SOLVERS
+from .specs import OBS_MODES, task_spec
+from .tasks import TASKS, find_task
+
+MOST_CRASHES = 3
+"""A seed that kills its worker this often is rejected."""
+HOPELESS_AFTER = 30
+"""Attempts without any success after which a collection gives up."""
+LEAST_KEEP_RATE = 0.05
+"""A collection that keeps fewer gives up, too."""
+TIME_LIMIT_S = 300.0
+"""A worker that says nothing for so long is taken for dead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What `on_progress` is told after every attempt."""
+
+    tally: Tally
+    num_demos: int
+    resumed: int
+    """Demonstrations that an earlier run had left."""
+
+
+def collect(
+    task: str,
+    *,
+    num_demos: int = 100,
+    out_dir: str | os.PathLike[str] = "demos",
+    control_mode: str | None = None,
+    obs_mode: str = "state",
+    num_workers: int | None = None,
+    seed: int = 0,
+    shortening: Shortening | None = None,
+    source: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Path:
+    """Write `num_demos` successful demonstrations of `task` and return the path of the HDF5 file.
+
+    `<out_dir>/<task>/<control_mode>.<obs_mode>.h5` and the `.json` beside it are in ManiSkill's trajectory format. A
+    call that was interrupted is continued by the same call; a finished file with too few demonstrations is extended.
+
+    Args:
+        control_mode: None for the task's default.
+        obs_mode: `state` or `rgb`.
+        num_workers: processes; None for one per core.
+        seed: of the first attempt; attempts use `seed`, `seed + 1`, ...
+        shortening: how plans are played back.
+        source: a ManiSkill trajectory file to replay, instead of planning; `num_demos` is then the most that are taken.
+        overwrite: replace a file, or an unfinished collection, that was made with other settings.
+
+    Raises:
+        UnknownNameError: no such task, control mode or observation mode, or nothing solves the task.
+        DataError: the source file cannot be used, or something else stands where the result should go.
+        RobopolicyError: too few attempts succeed.
+    """
+    if num_demos < 1:
+        raise RobopolicyError(f"num_demos must be at least 1; got {num_demos}.")
+    row, shortening = find_task(task), shortening or Shortening()
+    if source is None:
+        require_solver(task)
+    spec = task_spec(task, control_mode=control_mode, obs_mode=obs_mode)
+    mode = spec.action.control_mode
+    total, env_kwargs = None, {}
+    if source is not None:
+        total, source_mode, env_kwargs = inspect_source(Path(source), row.env_id)
+        num_demos = min(num_demos, total)
+        if source_mode != mode and mode not in ENCODERS:
+            raise UnknownNameError("control mode for demonstrations", mode, ENCODERS)
+    elif mode not in ENCODERS:
+        raise UnknownNameError("control mode for demonstrations", mode, ENCODERS)
+    recipe = Recipe(
+        env_id=row.env_id,
+        control_mode=mode,
+        obs_mode=obs_mode,
+        shortening=shortening,
+        source=None if source is None else str(Path(source).resolve()),
+        env_kwargs=env_kwargs,
+    )
+    path = Path(out_dir) / task / f"{mode}.{obs_mode}.h5"
+    settings = _settings(recipe, seed)
+    journal = Journal(path.parent / f".{path.stem}.partial")
+    first = 0 if source is not None else seed
+    if _is_finished(path, settings, num_demos, total, overwrite=overwrite):
+        return path
+    done = journal.open(settings, overwrite=overwrite)
+    done |= _adopt(path, journal, settings, done)
+    crew = _Crew(recipe, journal, num_workers or os.cpu_count() or 1)
+    used = crew.fill(done, first=first, num_demos=num_demos, total=total, on_progress=on_progress)
+    if not any(a.kept for a in used):
+        raise RobopolicyError(f"None of the episodes of {source} could be replayed: {_reasons(Tally.of(used))}.")
+    write_trajectories(path, journal, used, _about(spec, recipe, settings, used))
+    journal.remove()
+    return path
+
+
+def require_solver(task: str) -> None:
+    """Raise UnknownNameError, listing those that have one, unless ManiSkill has a motion-planning solver for `task`."""
+    if find_task(task).env_id not in SOLVERS:
+        solved = [name for name, row in TASKS.items() if row.env_id in SOLVERS]
+        raise UnknownNameError("task with a motion-planning solver", task, solved)
+
+
+def summary(path: Path) -> Mapping[str, Any]:
+    """Return the counts of a finished collection: kept, attempts, rejected by reason, median lengths in steps."""
+    return json.loads(path.with_suffix(".json").read_text())["robopolicy"]["counts"]
+
+
+def inspect_source(path: Path, env_id: str) -> tuple[int, str, dict[str, Any]]:
+    """Check a trajectory file and return its number of episodes, control mode and further environment arguments.
+
+    Raises:
+        DataError: it is missing, unreadable, of another environment, empty, or mixes control modes.
+    """
+    json_path = path.with_suffix(".json")
+    for needed in (path, json_path):
+        if not needed.exists():
+            raise DataError(f"source={path}: {needed} does not exist; ManiSkill trajectories are an .h5 and a .json.")
+    try:
+        about = json.loads(json_path.read_text())
+        episodes, info = about["episodes"], about["env_info"]
+        with h5py.File(path, "r") as file:
+            missing = [e["episode_id"] for e in episodes if f"traj_{e['episode_id']}/actions" not in file]
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"source={path} is no readable ManiSkill trajectory file: {error}") from error
+    if info["env_id"] != env_id:
+        raise DataError(f"source={path} was recorded in {info['env_id']}; the task simulates {env_id}.")
+    if not episodes or missing:
+        raise DataError(f"source={path} lacks {'episodes' if not episodes else f'the actions of episodes {missing}'}.")
+    modes = sorted({e["control_mode"] for e in episodes})
+    if len(modes) > 1:
+        raise DataError(f"source={path} mixes control modes ({', '.join(modes)}); split it into one file per mode.")
+    ours = {"obs_mode", "control_mode", "reward_mode", "render_mode", "sim_backend", "render_backend", "num_envs"}
+    looks = {"shader_dir", "sensor_configs", "human_render_camera_configs", "viewer_camera_configs"}
+    return len(episodes), modes[0], {k: v for k, v in info["env_kwargs"].items() if k not in ours | looks}
+
+
+class _Crew:
+    """Worker processes and the order in which they are given keys."""
+
+    def __init__(self, recipe: Recipe, journal: Journal, num_workers: int) -> None:
+        self.recipe, self.journal, self.num_workers = recipe, journal, num_workers
+        self._context = multiprocessing.get_context("spawn")
+        self._idle: list[Any] = []
+        self._workers: dict[Any, Any] = {}
+        self._busy: dict[Any, int | None] = {}
+        self._crashes: dict[int, int] = {}
+
+    def fill(
+        self,
+        done: Mapping[int, Attempt],
+        *,
+        first: int,
+        num_demos: int,
+        total: int | None,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> list[Attempt]:
+        """Make attempts from key `first` on until `num_demos` succeed; return them in order, up to the last needed."""
+        done = dict(done)
+        resumed = sum(a.kept for a in done.values())
+        keys = (key for key in _count(first, total) if key not in done)
+        again: list[int] = []
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._dismiss)
+            while True:
+                kept = sum(a.kept for a in done.values())
+                while kept + len(self._busy) < num_demos or again:
+                    key = again.pop() if again else next(keys, None)
+                    if key is None:
+                        break
+                    if not self._give(key):
+                        again.append(key)
+                        break
+                tally = Tally.of(list(done.values()))
+                if on_progress is not None:
+                    on_progress(Progress(tally=tally, num_demos=num_demos, resumed=resumed))
+                if not self._busy:
+                    break
+                if total is None:
+                    _require_hope(tally, self.recipe)
+                for attempt in self._answers(again):
+                    done[attempt.key] = attempt
+        return _needed(done, first, num_demos)
+
+    def _give(self, key: int) -> bool:
+        """Hand `key` to a worker; false if all are busy."""
+        if not self._idle:
+            if len(self._workers) >= self.num_workers:
+                return False
+            self._hire()
+        connection = self._idle.pop()
+        self._busy[connection] = key
+        connection.send(key)
+        return True
+
+    def _hire(self) -> None:
+        ours, theirs = self._context.Pipe()
+        worker = self._context.Process(target=serve, args=(theirs, self.recipe, str(self.journal.folder)), daemon=True)
+        with _single_threaded():
+            worker.start()
+        theirs.close()
+        self._workers[ours] = worker
+        self._idle.append(ours)
+
+    def _answers(self, again: list[int]) -> Iterator[Attempt]:
+        """Wait for workers; yield what they finished, and put the keys of those that died into `again`."""
+        ready = multiprocessing.connection.wait(list(self._busy), timeout=TIME_LIMIT_S)
+        for connection in ready or list(self._busy)[:1]:
+            key = self._busy[connection]
+            assert key is not None
+            try:
+                answer = connection.recv() if ready else None
+            except (EOFError, ConnectionError):
+                answer = None
+            if answer == "ready":
+                continue
+            if isinstance(answer, Exception):
+                raise answer
+            self._busy.pop(connection)
+            if answer is not None:
+                self._idle.append(connection)
+                yield answer
+                continue
+            self._remove(connection)
+            self._crashes[key] = self._crashes.get(key, 0) + 1
+            if self._crashes[key] < MOST_CRASHES:
+                again.append(key)
+            else:
+                attempt = Attempt(key=key, reason="planner crashed")
+                self.journal.reject(attempt)
+                yield attempt
+
+    def _remove(self, connection: Any) -> None:
+        worker = self._workers.pop(connection)
+        connection.close()
+        worker.terminate()
+        worker.join()
+
+    def _dismiss(self) -> None:
+        for connection in list(self._workers):
+            connection.close()
+        for worker in self._workers.values():
+            worker.join(timeout=0.5)
+            worker.terminate()
+            worker.join()
+        self._workers.clear()
+
+
+def _count(first: int, total: int | None) -> Iterator[int]:
+    key = first
+    while total is None or key < total:
+        yield key
+        key += 1
+
+
+def _needed(done: Mapping[int, Attempt], first: int, num_demos: int) -> list[Attempt]:
+    """Return attempts in the order of their keys, up to the success that completes `num_demos`."""
+    used: list[Attempt] = []
+    kept = 0
+    for key in sorted(k for k in done if k >= first):
+        if kept == num_demos:
+            break
+        used.append(done[key])
+        kept += done[key].kept
+    return used
+
+
+def _require_hope(tally: Tally, recipe: Recipe) -> None:
+    if tally.attempts < HOPELESS_AFTER or tally.keep_rate >= LEAST_KEEP_RATE:
+        return
+    hint = " This task turns the tool: try control_mode=pd_ee_delta_pose." if "delta_pos" in recipe.control_mode else ""
+    raise RobopolicyError(
+        f"Only {tally.kept} of {tally.attempts} attempts at {recipe.env_id} succeed in {recipe.control_mode} "
+        f"({_reasons(tally)}).{hint} A smaller shortening.max_action, or shortening.speed=1, is gentler."
+    )
+
+
+def _reasons(tally: Tally) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in tally.rejected.most_common())
+
+
+def _settings(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Return what determines the demonstrations, as plain JSON; `num_demos` and the number of workers do not."""
+    settings: dict[str, Any] = {**asdict(recipe), "env_kwargs": dict(recipe.env_kwargs), "seed": seed}
+    if recipe.source is not None:
+        stat = os.stat(recipe.source)
+        settings["source_size"], settings["source_mtime_ns"] = stat.st_size, stat.st_mtime_ns
+    return json.loads(json.dumps(settings))
+
+
+def _about(spec: Any, recipe: Recipe, settings: Mapping[str, Any], used: list[Attempt]) -> dict[str, Any]:
+    """Return the head of the JSON file."""
+    env_kwargs = {
+        **recipe.env_kwargs,
+        "obs_mode": OBS_MODES[recipe.obs_mode],
+        "control_mode": recipe.control_mode,
+        "reward_mode": "none",
+        "sim_backend": "physx_cpu",
+    }
+    packages = ("robopolicy", "mani_skill", "sapien", "mplib", "numpy", "torch")
+    planned = recipe.source is None
+    return {
+        "env_info": {"env_id": recipe.env_id, "max_episode_steps": spec.max_episode_steps, "env_kwargs": env_kwargs},
+        "source_type": "motionplanning" if planned else "replay",
+        "source_desc": "ManiSkill's motion-planning solver, played back by robopolicy"
+        if planned
+        else f"replay of {Path(str(recipe.source)).name} by robopolicy",
+        "task_spec": spec.to_dict(),
+        "robopolicy": {
+            "settings": dict(settings),
+            "counts": Tally.of(used).to_dict(),
+            "rejected": {str(a.key): a.reason for a in used if not a.kept},
+            "keys": [a.key for a in used if a.kept],
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        },
+    }
+
+
+def _is_finished(
+    path: Path, settings: Mapping[str, Any], num_demos: int, total: int | None, *, overwrite: bool
+) -> bool:
+    """Whether `path` already holds what is asked for; removes it if it holds something else and `overwrite` is true."""
+    json_path = path.with_suffix(".json")
+    if not path.exists() or not json_path.exists():
+        return False
+    try:
+        ours = json.loads(json_path.read_text()).get("robopolicy", {})
+    except ValueError:
+        ours = {}
+    found = ours.get("settings")
+    if found == settings:
+        tried = ours["counts"]["attempts"]
+        return ours["counts"]["kept"] >= num_demos or tried == total
+    if not overwrite:
+        changed = "not made by collect"
+        if found is not None:
+            changed = ", ".join(sorted(k for k in {*found, *settings} if found.get(k) != settings.get(k)))
+        raise DataError(
+            f"{path} exists and was made with other settings ({changed}). Choose another out_dir=, or overwrite=true."
+        )
+    path.unlink()
+    json_path.unlink()
+    return False
+
+
+def _adopt(
+    path: Path, journal: Journal, settings: Mapping[str, Any], done: Mapping[int, Attempt]
+) -> dict[int, Attempt]:
+    """Take the attempts of a finished file that is to be extended back into the journal."""
+    json_path = path.with_suffix(".json")
+    if not path.exists() or not json_path.exists():
+        return {}
+    about = json.loads(json_path.read_text())
+    adopted = {}
+    with h5py.File(path, "r") as file:
+        for key, entry in zip(about["robopolicy"]["keys"], about["episodes"], strict=True):
+            if key not in done:
+                adopted[key] = journal.adopt(key, file[f"traj_{entry['episode_id']}"], entry)
+    for key, reason in about["robopolicy"]["rejected"].items():
+        if int(key) not in done:
+            adopted[int(key)] = Attempt(key=int(key), reason=reason)
+            journal.reject(adopted[int(key)])
+    return adopted
+
+
+@contextlib.contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Start processes with one thread per numerical library: each simulates one scene, and there is one per core."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
