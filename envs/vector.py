@@ -201,7 +201,7 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
         targets = _clone(base.agent.get_controller_state()) if partial else {}
         with (
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
-            self._rebuilding(options),
+            self._rebuilding(options, partial),
         ):
             obs, info = base.reset(seed=reset_seed, options=options)
         if targets:  # ManiSkill resets the controllers of the environments that go on, too
@@ -306,7 +306,7 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
         """Stand in for the task's own method: draw each seeded environment's first state by itself."""
         base = self.base_env
         if self._episode_seeds is None:
-            stream = np.random.SeedSequence([abs(self._seed), self._unseeded_resets])
+            stream = np.random.SeedSequence([self._seed, self._unseeded_resets, int(env_idx[0])])
             drawn = int(stream.generate_state(1)[0])
             torch.manual_seed(drawn)
             base._episode_rng = np.random.RandomState(drawn)
@@ -326,12 +326,14 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
             if self._has_state:
                 return None
             seed = self._seed
-        if isinstance(seed, int | np.integer):
-            return [int(seed) + k for k in range(len(rows))]
-        seeds = [int(s) for s in seed]
+        seeds = (
+            range(int(seed), int(seed) + len(rows)) if isinstance(seed, int | np.integer) else [int(s) for s in seed]
+        )
         if len(seeds) != len(rows):
             raise ShapeError(f"seed must hold one number per environment to reset ({len(rows)}); got {len(seeds)}.")
-        return seeds
+        if not all(0 <= s < 2**32 for s in seeds):
+            raise RobopolicyError(f"Seeds must lie in 0..2**32 - 1; got {min(seeds)}..{max(seeds)}.")
+        return list(seeds)
 
     def _rows(self, rows: Sequence[int] | Tensor | None) -> Tensor:
         if rows is None:
@@ -342,8 +344,8 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
             raise ShapeError(f"Rows must be distinct and within 0..{self.num_envs - 1}; got {chosen.tolist()}.")
         return chosen
 
-    def _rebuilding(self, options: Info) -> contextlib.AbstractContextManager[None]:
-        if not options.get("reconfigure") and self.base_env.reconfiguration_freq == 0:
+    def _rebuilding(self, options: Info, partial: bool) -> contextlib.AbstractContextManager[None]:
+        if not options.get("reconfigure") and (partial or self.base_env.reconfiguration_freq == 0):
             return contextlib.nullcontext()
         return building(rendered=self.base_env.scene.can_render())
 
