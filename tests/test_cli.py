@@ -36,7 +36,7 @@ def test_help_lists_every_verb_with_its_summary(cli: Cli) -> None:
         module = importlib.import_module(f"robopolicy.app.{verb}")
         first_line = (module.__doc__ or "").partition("\n")[0]
         assert first_line.endswith(".")
-        assert f"{verb:<9}{first_line}" in shown.out
+        assert [verb, *first_line.split()] in [line.split() for line in shown.out.splitlines()]
 
 
 def test_no_verb_is_an_error_that_shows_the_help(cli: Cli) -> None:
@@ -85,7 +85,7 @@ def test_examples_compose(verb: str, command: str) -> None:
         (["train", "policy.timing.horizn=8"], "Did you mean 'policy.timing.horizon'?"),
         (["train", "train.num_steps=many"], "train.num_steps must be a whole number"),
         (["train", "seed=1,2"], "--multirun"),
-        (["train", "seed=[1"], "seed=[1"),
+        (["train", "seed=[1"], "'seed=[1' cannot be read: "),
         (["train", "pick_cube"], "'pick_cube' is not a setting; settings look like key=value."),
         (["train", "-z"], "Unknown option '-z'."),
         (["train", "--config-dir"], "--config-dir needs a folder."),

@@ -18,7 +18,7 @@ FILES = sorted(FOLDER.rglob("*.yaml"))
 
 def groups_of(verb: str) -> list[str]:
     text = (FOLDER / f"{verb}.yaml").read_text()
-    return [group for group in cli.groups() if re.search(rf"^\\s*- (optional )?/?{group}: ", text, re.MULTILINE)]
+    return [group for group in cli.groups() if re.search(rf"^\s*- (optional )?/?{group}: ", text, re.MULTILINE)]
 
 
 CHOICES = [
@@ -82,5 +82,6 @@ def test_every_policy_builds(choice: str) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FOLDER).as_posix())
 def test_configs_say_what_they_are_and_hold_no_logic(path: Path) -> None:
     text = path.read_text()
-    assert text.startswith("#"), "the first line is a comment that says what the file is"
+    if path.parent.name != "task":  # a task is described in its table
+        assert text.startswith("#"), "the first line is a comment that says what the file is"
     assert "${eval:" not in text

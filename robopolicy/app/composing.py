@@ -11,7 +11,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -134,6 +134,8 @@ def _explained(verb: str, overrides: Sequence[str], error: Exception) -> Robopol
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.strip("/").rpartition("/")
         return UnknownNameError(f"{group} for {verb}", name, error.options)
+    if isinstance(error, OverrideParseException):
+        return RobopolicyError(f"{error.override!r} cannot be read: {error}")
     unknown = getattr(error.__cause__, "full_key", None)
     if not unknown or "not in struct" not in str(error.__cause__):
         return RobopolicyError(str(error))
