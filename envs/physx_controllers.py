@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from xml.etree import ElementTree as etree
 
 import numba
 import numpy as np
@@ -10,126 +11,208 @@ import torch
 from mani_skill.agents.controllers.pd_ee_pose import PDEEPoseController
 from mani_skill.utils.structs.pose import Pose
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from . import physx_ik
-from .physx_kinematics import FIXED, JOINT_TYPES, _quat_mul, _rotate
+from .physx_kinematics import FIXED, PRISMATIC, REVOLUTE
+from robopolicy.errors import RobopolicyError
+
 from .physx_threads import worker_pool
 
 ROWS_PER_TASK = 4
 """Rows a thread solves at a time; fewer are not worth handing over."""
 
 
-@numba.njit(cache=True, nogil=True)
-def _euler_quaternion(x: float, y: float, z: float) -> Any:
-    """Return the quaternion (w >= 0) of turning about x, then the new y, then the new z ("XYZ")."""
-    q = _quat_mul(
-        _quat_mul((np.cos(0.5 * x), np.sin(0.5 * x), 0.0, 0.0), (np.cos(0.5 * y), 0.0, np.sin(0.5 * y), 0.0)),
-        (np.cos(0.5 * z), 0.0, 0.0, np.sin(0.5 * z)),
+@numba.njit(cache=True, nogil=True, inline="always")
+def _multiply(a: Any, b: Any) -> Any:
+    """Return the product of two float32 quaternions with w >= 0, in ManiSkill's order of operations."""
+    w = a[0] * b[0] - a[1] * b[1] - a[2] * b[2] - a[3] * b[3]
+    x = a[0] * b[1] + a[1] * b[0] + a[2] * b[3] - a[3] * b[2]
+    y = a[0] * b[2] - a[1] * b[3] + a[2] * b[0] + a[3] * b[1]
+    z = a[0] * b[3] + a[1] * b[2] - a[2] * b[1] + a[3] * b[0]
+    if w < np.float32(0.0):
+        return -w, -x, -y, -z
+    return w, x, y, z
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _raw_multiply(a: Any, b: Any) -> Any:
+    return (
+        a[0] * b[0] - a[1] * b[1] - a[2] * b[2] - a[3] * b[3],
+        a[0] * b[1] + a[1] * b[0] + a[2] * b[3] - a[3] * b[2],
+        a[0] * b[2] - a[1] * b[3] + a[2] * b[0] + a[3] * b[1],
+        a[0] * b[3] + a[1] * b[2] - a[2] * b[1] + a[3] * b[0],
     )
-    return (-q[0], -q[1], -q[2], -q[3]) if q[0] < 0.0 else q
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _apply(q: Any, v: Any) -> Any:
+    """Rotate the float32 vector `v` by `q`, in ManiSkill's order of operations."""
+    zero = np.float32(0.0)
+    out = _raw_multiply(_raw_multiply(q, (zero, v[0], v[1], v[2])), (q[0], -q[1], -q[2], -q[3]))
+    return out[1], out[2], out[3]
 
 
 @numba.njit(cache=True, nogil=True)
-def _relative_pose(body: NDArray[np.float32], base: NDArray[np.int64], link: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the poses [N, 7] of rows `link` seen from rows `base`, quaternions with w >= 0."""
-    out = np.empty((base.shape[0], 7))
+def _relative_pose(base: NDArray[np.float32], link: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the poses [N, 7] of `link` [N, 7] seen from `base` [N, 7], quaternions with w >= 0."""
+    out = np.empty((base.shape[0], 7), np.float32)
     for i in range(base.shape[0]):
-        b, e = body[base[i]].astype(np.float64), body[link[i]].astype(np.float64)
+        b, e = base[i], link[i]
         inverse = (b[3], -b[4], -b[5], -b[6])
-        p = _rotate(inverse, (e[0] - b[0], e[1] - b[1], e[2] - b[2]))
-        q = _quat_mul(inverse, (e[3], e[4], e[5], e[6]))
-        sign = -1.0 if q[0] < 0.0 else 1.0
-        out[i, 0], out[i, 1], out[i, 2] = p
-        for k in range(4):
-            out[i, 3 + k] = sign * q[k]
+        back = _apply(inverse, (-b[0], -b[1], -b[2]))
+        ahead = _apply(inverse, (e[0], e[1], e[2]))
+        out[i, 0], out[i, 1], out[i, 2] = back[0] + ahead[0], back[1] + ahead[1], back[2] + ahead[2]
+        out[i, 3], out[i, 4], out[i, 5], out[i, 6] = _multiply(inverse, (e[3], e[4], e[5], e[6]))
     return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _euler_matrices(cosine: NDArray[np.float32], sine: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return [N, 13]: the matrices (nine numbers) that turn about x, the new y, the new z; then four times the squares of
+    the quaternion's parts."""
+    out = np.empty((cosine.shape[0], 13), np.float32)
+    one = np.float32(1.0)
+    for i in range(cosine.shape[0]):
+        c, s, m = cosine[i], sine[i], out[i]
+        p, r = s[0] * s[1], -(c[0] * s[1])
+        m[0], m[1], m[2] = c[1] * c[2], -(c[1] * s[2]), s[1]
+        m[3], m[4], m[5] = p * c[2] + c[0] * s[2], -(p * s[2]) + c[0] * c[2], -(s[0] * c[1])
+        m[6], m[7], m[8] = r * c[2] + s[0] * s[2], -(r * s[2]) + s[0] * c[2], c[0] * c[1]
+        m[9] = one + m[0] + m[4] + m[8]
+        m[10] = one + m[0] - m[4] - m[8]
+        m[11] = one - m[0] + m[4] - m[8]
+        m[12] = one - m[0] - m[4] + m[8]
+        for k in range(9, 13):
+            m[k] = max(m[k], np.float32(0.0))
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _quaternions(matrix: NDArray[np.float32], size: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the quaternions [N, 4], w >= 0, of `matrix` [N, >= 9]; `size` [N, 4] are twice the parts' magnitudes."""
+    out = np.empty((matrix.shape[0], 4), np.float32)
+    for i in range(matrix.shape[0]):
+        m, best = matrix[i], 0
+        for k in range(1, 4):
+            if size[i, k] > size[i, best]:
+                best = k
+        large = size[i, best]
+        d, square = np.float32(2.0) * max(large, np.float32(0.1)), large * large
+        if best == 0:
+            q = (square, m[7] - m[5], m[2] - m[6], m[3] - m[1])
+        elif best == 1:
+            q = (m[7] - m[5], square, m[3] + m[1], m[2] + m[6])
+        elif best == 2:
+            q = (m[2] - m[6], m[3] + m[1], square, m[5] + m[7])
+        else:
+            q = (m[3] - m[1], m[6] + m[2], m[7] + m[5], square)
+        sign = np.float32(-1.0) if q[0] < np.float32(0.0) else np.float32(1.0)
+        for k in range(4):
+            out[i, k] = sign * (q[k] / d)
+    return out
+
+
+def euler_quaternions(angles: Tensor) -> NDArray[np.float32]:
+    """Return the quaternions [N, 4] of Euler angles [N, 3] ("XYZ"), equal to the last bit to ManiSkill's.
+
+    Sines, cosines and roots are torch's, which are not always the nearest float32; the rest is plain arithmetic.
+    """
+    matrix = _euler_matrices(angles.cos().numpy(), angles.sin().numpy())
+    return _quaternions(matrix, torch.from_numpy(matrix[:, 9:].copy()).sqrt().numpy())
 
 
 @numba.njit(cache=True, nogil=True)
 def _target_pose(
-    action: NDArray[np.float32], before: NDArray[np.float64], delta: bool, body_shift: bool, body_turn: bool
-) -> NDArray[np.float64]:
-    """Return the pose [N, 7] in the base frame that `action` [N, 3 or 6] asks for, from the pose `before` [N, 7]."""
-    out = np.empty((action.shape[0], 7))
-    for i in range(action.shape[0]):
-        a = action[i].astype(np.float64)
-        turn = (1.0, 0.0, 0.0, 0.0)
-        if a.shape[0] == 6:
-            turn = _euler_quaternion(a[3], a[4], a[5])
-        shift, q = (a[0], a[1], a[2]), turn
+    shift: NDArray[np.float32],
+    turn: NDArray[np.float32],
+    before: NDArray[np.float32],
+    delta: bool,
+    body_shift: bool,
+    body_turn: bool,
+) -> NDArray[np.float32]:
+    """Return the pose [N, 7] in the base frame that `shift` [N, 3] and `turn` [N, 4] ask for, from `before` [N, 7]."""
+    out = np.empty((shift.shape[0], 7), np.float32)
+    for i in range(shift.shape[0]):
+        p, q = (shift[i, 0], shift[i, 1], shift[i, 2]), (turn[i, 0], turn[i, 1], turn[i, 2], turn[i, 3])
         if delta:
             old = (before[i, 3], before[i, 4], before[i, 5], before[i, 6])
             if body_shift:
-                shift = _rotate(old, shift)
-            q = _quat_mul(old, turn) if body_turn else _quat_mul(turn, old)
-            shift = (before[i, 0] + shift[0], before[i, 1] + shift[1], before[i, 2] + shift[2])
-        sign = -1.0 if q[0] < 0.0 else 1.0
-        out[i, 0], out[i, 1], out[i, 2] = shift
-        for k in range(4):
-            out[i, 3 + k] = sign * q[k]
+                p = _apply(old, p)
+            q = _multiply(old, q) if body_turn else _multiply(q, old)
+            p = (before[i, 0] + p[0], before[i, 1] + p[1], before[i, 2] + p[2])
+        out[i, 0], out[i, 1], out[i, 2] = p
+        out[i, 3], out[i, 4], out[i, 5], out[i, 6] = q
     return out
 
 
 @numba.njit(cache=True, nogil=True)
-def _joint_goal(target: NDArray[np.float64], tail: NDArray[np.float64]) -> NDArray[np.float64]:
+def _joint_goal(target: NDArray[np.float32], tail: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the goals [N, 3, 4] of the last joint's link: `target` [N, 7] of the end effector times `tail` [3, 4]."""
     out = np.empty((target.shape[0], 3, 4))
+    m = np.empty((3, 3))
     for i in range(target.shape[0]):
-        w, x, y, z = target[i, 3], target[i, 4], target[i, 5], target[i, 6]
-        norm = np.sqrt(w * w + x * x + y * y + z * z)
-        w, x, y, z = w / norm, x / norm, y / norm, z / norm
-        for k in range(4):
-            v = _rotate((w, x, y, z), (tail[0, k], tail[1, k], tail[2, k]))
-            for r in range(3):
-                out[i, r, k] = v[r] + (target[i, r] if k == 3 else 0.0)
+        w, x, y, z = (
+            np.float64(target[i, 3]),
+            np.float64(target[i, 4]),
+            np.float64(target[i, 5]),
+            np.float64(target[i, 6]),
+        )
+        m[0, 0], m[0, 1], m[0, 2] = 1.0 - 2.0 * (y * y + z * z), 2.0 * (x * y - w * z), 2.0 * (x * z + w * y)
+        m[1, 0], m[1, 1], m[1, 2] = 2.0 * (x * y + w * z), 1.0 - 2.0 * (x * x + z * z), 2.0 * (y * z - w * x)
+        m[2, 0], m[2, 1], m[2, 2] = 2.0 * (x * z - w * y), 2.0 * (y * z + w * x), 1.0 - 2.0 * (x * x + y * y)
+        for r in range(3):
+            for k in range(4):
+                out[i, r, k] = m[r, 0] * tail[0, k] + m[r, 1] * tail[1, k] + m[r, 2] * tail[2, k]
+            out[i, r, 3] += target[i, r]
     return out
 
 
 class ChainSolver:
-    """Inverse kinematics from the root of a controller's URDF to its end effector, for all environments at once."""
+    """Inverse kinematics from the root of a controller's URDF to its end effector, for all environments at once.
+
+    The chain comes from the URDF in double precision, as Pinocchio reads it: whether an iteration meets the tolerance
+    decides a joint target by 1e-5, so less would not follow ManiSkill's CPU simulation.
+    """
 
     def __init__(self, controller: Any) -> None:
         kinematics = controller.kinematics
-        articulation = controller.articulation._objs[0]
-        active = list(articulation.active_joints)
-        links = controller.articulation.links
-        # a mobile base, for one, has links that the arm's URDF does not know
-        in_urdf = {link._objs[0]: link.name in kinematics._kinematic_chain_link_names for link in links}
-        path, link = [], kinematics.end_link._objs[0]
-        while link is not None and in_urdf[link]:
-            path.insert(0, link)
-            link = link.parent
-        fixed, kinds, order, pose = [], [], [], np.eye(4)
-        for link in path[1:]:
-            joint = link.joint
-            pose = pose @ joint.pose_in_parent.to_transformation_matrix()
-            moves = JOINT_TYPES[joint.type] != FIXED
-            if moves:
-                fixed.append(pose)
-                kinds.append(JOINT_TYPES[joint.type])
-                order.append(active.index(joint))
-                pose = np.eye(4)
-            pose = pose @ joint.pose_in_child.inv().to_transformation_matrix()
-            if moves:
-                to_last_link, beyond = pose, np.eye(4)
-            elif order:
-                beyond = np.linalg.inv(to_last_link) @ pose
-        self._fixed = np.array([m[:3] for m in [*fixed, to_last_link]], np.float64)
-        self._tail = np.linalg.inv(beyond)[:3]
-        self._kind, self.columns = np.array(kinds, np.int64), np.array(order, np.int64)
-        controlled = controller.active_joint_indices.numpy()
-        self._free = np.isin(self.columns, controlled)
-        self._place = np.array([order.index(j) if j in order else -1 for j in controlled.tolist()], np.int64)
-        self._controlled = controlled
+        joints = {j.find("child").get("link"): j for j in etree.parse(kinematics.urdf_path).getroot().iterfind("joint")}
+        active = [joint.name for joint in controller.articulation.active_joints]
+        fixed: list[NDArray[np.float64]] = []
+        kinds: list[int] = []
+        order: list[int] = []
+        name, path = kinematics.end_link.name, []
+        while name in joints:
+            path.insert(0, joints[name])
+            name = joints[name].find("parent").get("link")
+        pose, beyond = np.eye(4), np.eye(4)
+        for joint in path:
+            pose = pose @ _origin(joint)
+            kind = _URDF_TYPES[joint.get("type")]
+            if kind != FIXED:
+                turn = _x_axis_onto(joint)
+                fixed.append((pose @ turn)[:3])
+                kinds.append(kind)
+                order.append(active.index(joint.get("name")))
+                pose = turn.T
+        # the last joint's link has the joint's own frame; what follows it is rigid
+        beyond = turn @ pose
+        fixed.append(turn.T[:3])
+        self._fixed, self._tail = np.array(fixed), np.linalg.inv(beyond)[:3]
+        self._kind, self._columns = np.array(kinds, np.int64), np.array(order, np.int64)
+        self._controlled = controller.active_joint_indices.numpy()
+        self._free = np.isin(self._columns, self._controlled)
+        self._place = np.array([order.index(j) if j in order else -1 for j in self._controlled.tolist()], np.int64)
 
-    def solve(self, target: NDArray[np.float64], qpos: NDArray[np.float32]) -> NDArray[np.float32]:
+    def solve(self, target: NDArray[np.float32], qpos: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return positions [N, J] of the controlled joints that bring the end effector to `target` [N, 7].
 
         `qpos` [N, D]: where all joints are. Rows without a solution keep their positions, as ManiSkill does.
         """
         goal = _joint_goal(target, self._tail)
-        start = np.ascontiguousarray(qpos[:, self.columns], dtype=np.float64)
+        start = np.ascontiguousarray(qpos[:, self._columns], dtype=np.float64)
         found, success = np.empty_like(start), np.empty(len(start), np.bool_)
 
         def task(rows: slice) -> None:
@@ -146,6 +229,41 @@ class ChainSolver:
         return out
 
 
+_FRAMES = (
+    "root_translation",
+    "body_translation",
+    "root_translation:root_aligned_body_rotation",
+    "root_translation:body_aligned_body_rotation",
+    "body_translation:root_aligned_body_rotation",
+    "body_translation:body_aligned_body_rotation",
+)
+_URDF_TYPES = {"fixed": FIXED, "revolute": REVOLUTE, "continuous": REVOLUTE, "prismatic": PRISMATIC}
+
+
+def _numbers(element: Any, name: str, default: str) -> NDArray[np.float64]:
+    return np.array((default if element is None else element.get(name, default)).split(), float)
+
+
+def _origin(joint: Any) -> NDArray[np.float64]:
+    """Return the joint's frame [4, 4] seen from its parent link."""
+    origin = joint.find("origin")
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_euler("xyz", _numbers(origin, "rpy", "0 0 0")).as_matrix()
+    pose[:3, 3] = _numbers(origin, "xyz", "0 0 0")
+    return pose
+
+
+def _x_axis_onto(joint: Any) -> NDArray[np.float64]:
+    """Return a rotation [4, 4] that takes the x axis onto the joint's axis."""
+    axis = _numbers(joint.find("axis"), "xyz", "1 0 0")
+    axis = axis / np.linalg.norm(axis)
+    side = np.cross(axis, np.eye(3)[np.argmin(np.abs(axis))])
+    side = side / np.linalg.norm(side)
+    turn = np.eye(4)
+    turn[:3, :3] = np.stack([axis, side, np.cross(axis, side)], axis=1)
+    return turn
+
+
 def set_end_effector_action(self: Any, action: Tensor) -> None:
     """Do what `PDEEPosController.set_action` does on the CPU, for all environments at once."""
     action = self._preprocess_action(action)
@@ -155,21 +273,35 @@ def set_end_effector_action(self: Any, action: Tensor) -> None:
     if solver is None:
         solver = self._chain_solver = ChainSolver(self)
     if self.config.use_target:
-        before = self._target_pose.raw_pose.numpy().astype(np.float64)
+        before = self._target_pose.raw_pose.numpy()
     else:
-        body = self.articulation.px.cuda_rigid_body_data.torch().numpy()
-        before = _relative_pose(body, self.root_link._body_data_index.numpy(), self.ee_link._body_data_index.numpy())
+        before = end_effector_at_base(self).raw_pose.numpy()
     frame = self.config.frame
-    target = _target_pose(
-        action.numpy(),
-        before,
-        bool(self.config.use_delta),
-        "body_translation" in frame,
-        isinstance(self, PDEEPoseController) and "body_aligned_body_rotation" in frame,
-    )
-    self._target_pose = Pose(torch.from_numpy(target.astype(np.float32)))
+    if self.config.use_delta and frame not in _FRAMES:
+        raise RobopolicyError(
+            f"This control mode moves in the frame {frame!r}, which ManiSkill's controllers do not implement; "
+            f"they know {', '.join(_FRAMES)}."
+        )
+    if action.shape[1] == 6:
+        turn = euler_quaternions(action[:, 3:].contiguous())
+    else:
+        turn = np.tile(np.array([1, 0, 0, 0], np.float32), (len(action), 1))
+    turns_body = isinstance(self, PDEEPoseController) and "body_aligned_body_rotation" in frame
+    delta = bool(self.config.use_delta)
+    target = _target_pose(action[:, :3].numpy(), turn, before, delta, "body_translation" in frame, turns_body)
+    self._target_pose = Pose(torch.from_numpy(target))
     self._target_qpos = torch.from_numpy(solver.solve(target, self.articulation.get_qpos().numpy()))
     if self.config.interpolate:
         self._step_size = (self._target_qpos - self._start_qpos) / self._sim_steps
     else:
         self.set_drive_targets(self._target_qpos)
+
+
+def end_effector_at_base(self: Any) -> Pose:
+    """Return the end effector's poses seen from the robot's base, [N, 7]."""
+    return Pose(torch.from_numpy(_relative_pose(sapien_poses(self.root_link), sapien_poses(self.ee_link))))
+
+
+def sapien_poses(link: Any) -> NDArray[np.float32]:
+    """Return the poses [N, 7] of a ManiSkill link as SAPIEN tells them, equal to the last bit to the CPU simulation's."""
+    return np.array([(*p.p, *p.q) for p in [body.entity_pose for body in link._objs]], np.float32)

@@ -52,7 +52,9 @@ class _ArticulationTable:
             for link in links:
                 joint, up = link.joint, link.parent
                 if up is not None and joint.type not in kinematics.JOINT_TYPES:
-                    raise NotImplementedError(f"A joint of type {joint.type!r} ({joint.name}) cannot be batched on the CPU.")
+                    raise NotImplementedError(
+                        f"A joint of type {joint.type!r} ({joint.name}) cannot be batched on the CPU."
+                    )
                 parent.append(-1 if up is None else base + position[up])
                 kind.append(kinematics.FIXED if up is None else kinematics.JOINT_TYPES[joint.type])
                 index.append(active.index(joint) if joint in active else -1)
@@ -159,7 +161,8 @@ class PhysxCpuBatch:
         self._seen_target_velocity = np.zeros_like(self._target)
         self._joints = [list(a.active_joints) for a in self._articulations]
         self._driven = [
-            any(float(np.max(j.stiffness)) != 0 or float(np.max(j.damping)) != 0 for j in joints) for joints in self._joints
+            any(float(np.max(j.stiffness)) != 0 or float(np.max(j.damping)) != 0 for j in joints)
+            for joints in self._joints
         ]
         self._forced = np.zeros(len(self.systems), bool)
         self._velocities_stale = True

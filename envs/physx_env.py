@@ -83,7 +83,9 @@ class BatchedCpuTask(_Task):
             rows = torch.as_tensor(options["env_idx"], dtype=torch.int64).flatten()
         partial = len(rows) < self.num_envs
         if partial and options.get("reconfigure"):
-            raise RobopolicyError("Scenes are rebuilt all together: reset every environment, or leave out `reconfigure`.")
+            raise RobopolicyError(
+                "Scenes are rebuilt all together: reset every environment, or leave out `reconfigure`."
+            )
         due = self._reconfig_counter == 0 and self.reconfiguration_freq != 0
         reconfigure = bool(options.get("reconfigure")) or (due and not partial)
         seeds = self._seed_rows(seed, rows, draw=reconfigure or self._enhanced_determinism)
@@ -115,7 +117,9 @@ class BatchedCpuTask(_Task):
             self.agent.reset()
         if "reset_to_env_states" in options:
             states = options["reset_to_env_states"]
-            (self.set_state_dict if isinstance(states["env_states"], dict) else self.set_state)(states["env_states"], rows)
+            (self.set_state_dict if isinstance(states["env_states"], dict) else self.set_state)(
+                states["env_states"], rows
+            )
             known = states.get("obs")
         elif seeds is None:
             self._initialize_episode(rows, options)

@@ -6,8 +6,6 @@ solution of the logarithm of the pose error, until its norm is under 1e-4 or 100
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +15,8 @@ from .physx_kinematics import PRISMATIC
 Floats = NDArray[np.float64]
 EPS, MAX_ITERATIONS, STEP, DAMPING = 1e-4, 100, 0.1, 1e-6
 """ManiSkill's iteration limit and SAPIEN's default tolerance, step and damping."""
+SMALL_ANGLE = float(np.finfo(np.float64).eps ** 0.25)
+"""Below it Pinocchio uses the first terms of the series."""
 
 
 @numba.njit(cache=True, nogil=True)
@@ -62,63 +62,88 @@ def _chain(fixed: Floats, kind: NDArray[np.int64], q: Floats, axes: Floats, poin
 
 
 @numba.njit(cache=True, nogil=True)
-def matrix_quaternion(m: Floats) -> Any:
-    """Return the quaternion (w, x, y, z), w >= 0, of the rotation in `m` [3, >=3]."""
-    t = m[0, 0] + m[1, 1] + m[2, 2]
-    if t > 0.0:
-        s = 2.0 * np.sqrt(t + 1.0)
-        return 0.25 * s, (m[2, 1] - m[1, 2]) / s, (m[0, 2] - m[2, 0]) / s, (m[1, 0] - m[0, 1]) / s
-    if m[0, 0] > m[1, 1] and m[0, 0] > m[2, 2]:
-        s = 2.0 * np.sqrt(1.0 + m[0, 0] - m[1, 1] - m[2, 2])
-        w, x, y, z = (m[2, 1] - m[1, 2]) / s, 0.25 * s, (m[0, 1] + m[1, 0]) / s, (m[0, 2] + m[2, 0]) / s
-    elif m[1, 1] > m[2, 2]:
-        s = 2.0 * np.sqrt(1.0 + m[1, 1] - m[0, 0] - m[2, 2])
-        w, x, y, z = (m[0, 2] - m[2, 0]) / s, (m[0, 1] + m[1, 0]) / s, 0.25 * s, (m[1, 2] + m[2, 1]) / s
+def _log6(m: Floats, out: Floats, turn: Floats, mix: Floats) -> None:
+    """Write the logarithm `out` [v, w] of the rigid motion `m` [3, 4].
+
+    [[turn, mix], [0, turn]] becomes the logarithm's derivative at the inverse of `m`. The formulas and thresholds are
+    those of Pinocchio's `log6` and `Jlog6`.
+    """
+    trace = m[0, 0] + m[1, 1] + m[2, 2]
+    angle = 0.0 if trace >= 3.0 else np.pi if trace <= -1.0 else np.arccos(0.5 * (trace - 1.0))
+    s, c = np.sin(angle), np.cos(angle)
+    if angle < np.pi - 1e-2:
+        scale = 0.5 * angle / s if angle > SMALL_ANGLE else 0.5
+        wx, wy, wz = scale * (m[2, 1] - m[1, 2]), scale * (m[0, 2] - m[2, 0]), scale * (m[1, 0] - m[0, 1])
     else:
-        s = 2.0 * np.sqrt(1.0 + m[2, 2] - m[0, 0] - m[1, 1])
-        w, x, y, z = (m[1, 0] - m[0, 1]) / s, (m[0, 2] + m[2, 0]) / s, (m[1, 2] + m[2, 1]) / s, 0.25 * s
-    if w < 0.0:
-        return -w, -x, -y, -z
-    return w, x, y, z
-
-
-@numba.njit(cache=True, nogil=True)
-def _log6(m: Floats, out: Floats) -> None:
-    """Write the logarithm [v, w] of the rigid motion `m` [3, 4]."""
-    qw, qx, qy, qz = matrix_quaternion(m)
-    norm = np.sqrt(qx * qx + qy * qy + qz * qz)
-    angle = 2.0 * np.arctan2(norm, qw)
-    scale = angle / norm if norm > 1e-12 else 2.0
-    wx, wy, wz = scale * qx, scale * qy, scale * qz
+        ratio = angle * angle / (1.0 - c)
+        wx = np.sqrt(max((m[0, 0] - c) * ratio, 0.0)) * (1.0 if m[2, 1] > m[1, 2] else -1.0)
+        wy = np.sqrt(max((m[1, 1] - c) * ratio, 0.0)) * (1.0 if m[0, 2] > m[2, 0] else -1.0)
+        wz = np.sqrt(max((m[2, 2] - c) * ratio, 0.0)) * (1.0 if m[1, 0] > m[0, 1] else -1.0)
     t2 = angle * angle
-    if t2 < 1e-8:
-        alpha, beta = 1.0 - t2 / 12.0, 1.0 / 12.0 + t2 / 720.0
+    if angle < SMALL_ANGLE:
+        alpha, beta, slope = 1.0 - t2 / 12.0 - t2 * t2 / 720.0, 1.0 / 12.0 + t2 / 720.0, 1.0 / 360.0
+        diagonal = 1.0 - t2 / 12.0
     else:
-        s, c = np.sin(angle), np.cos(angle)
         alpha = angle * s / (2.0 * (1.0 - c))
         beta = 1.0 / t2 - s / (2.0 * angle * (1.0 - c))
+        slope = -2.0 / (t2 * t2) + (1.0 + s / angle) / (t2 * 2.0 * (1.0 - c))
+        diagonal = alpha
     px, py, pz = m[0, 3], m[1, 3], m[2, 3]
-    dot = beta * (wx * px + wy * py + wz * pz)
-    out[0] = alpha * px - 0.5 * (wy * pz - wz * py) + dot * wx
-    out[1] = alpha * py - 0.5 * (wz * px - wx * pz) + dot * wy
-    out[2] = alpha * pz - 0.5 * (wx * py - wy * px) + dot * wz
+    dot = wx * px + wy * py + wz * pz
+    out[0] = alpha * px - 0.5 * (wy * pz - wz * py) + beta * dot * wx
+    out[1] = alpha * py - 0.5 * (wz * px - wx * pz) + beta * dot * wy
+    out[2] = alpha * pz - 0.5 * (wx * py - wy * px) + beta * dot * wz
     out[3], out[4], out[5] = wx, wy, wz
 
+    wx, wy, wz = -wx, -wy, -wz
+    px, py, pz = (
+        -(m[0, 0] * px + m[1, 0] * py + m[2, 0] * pz),
+        -(m[0, 1] * px + m[1, 1] * py + m[2, 1] * pz),
+        -(m[0, 2] * px + m[1, 2] * py + m[2, 2] * pz),
+    )
+    dot = wx * px + wy * py + wz * pz
+    turn[0, 0], turn[0, 1], turn[0, 2] = beta * wx * wx + diagonal, beta * wx * wy - 0.5 * wz, beta * wx * wz + 0.5 * wy
+    turn[1, 0], turn[1, 1], turn[1, 2] = beta * wy * wx + 0.5 * wz, beta * wy * wy + diagonal, beta * wy * wz - 0.5 * wx
+    turn[2, 0], turn[2, 1], turn[2, 2] = beta * wz * wx - 0.5 * wy, beta * wz * wy + 0.5 * wx, beta * wz * wz + diagonal
+    a, b, d = slope * dot, -(t2 * slope + 2.0 * beta), dot * beta
+    ux, uy, uz = a * wx + b * px, a * wy + b * py, a * wz + b * pz
+    c00, c01, c02 = (
+        ux * wx + beta * wx * px + d,
+        ux * wy + beta * wx * py - 0.5 * pz,
+        ux * wz + beta * wx * pz + 0.5 * py,
+    )
+    c10, c11, c12 = (
+        uy * wx + beta * wy * px + 0.5 * pz,
+        uy * wy + beta * wy * py + d,
+        uy * wz + beta * wy * pz - 0.5 * px,
+    )
+    c20, c21, c22 = (
+        uz * wx + beta * wz * px - 0.5 * py,
+        uz * wy + beta * wz * py + 0.5 * px,
+        uz * wz + beta * wz * pz + d,
+    )
+    for k in range(3):
+        mix[0, k] = c00 * turn[0, k] + c01 * turn[1, k] + c02 * turn[2, k]
+        mix[1, k] = c10 * turn[0, k] + c11 * turn[1, k] + c12 * turn[2, k]
+        mix[2, k] = c20 * turn[0, k] + c21 * turn[1, k] + c22 * turn[2, k]
+
 
 @numba.njit(cache=True, nogil=True)
-def _relative(goal: Floats, frame: Floats, out: Floats) -> None:
-    """Write goal^-1 * frame, all [3, 4]."""
-    dx, dy, dz = frame[0, 3] - goal[0, 3], frame[1, 3] - goal[1, 3], frame[2, 3] - goal[2, 3]
+def _relative(frame: Floats, goal: Floats, out: Floats) -> None:
+    """Write frame^-1 * goal, all [3, 4]."""
+    dx, dy, dz = goal[0, 3] - frame[0, 3], goal[1, 3] - frame[1, 3], goal[2, 3] - frame[2, 3]
     for i in range(3):
-        g0, g1, g2 = goal[0, i], goal[1, i], goal[2, i]
+        f0, f1, f2 = frame[0, i], frame[1, i], frame[2, i]
         for j in range(3):
-            out[i, j] = g0 * frame[0, j] + g1 * frame[1, j] + g2 * frame[2, j]
-        out[i, 3] = g0 * dx + g1 * dy + g2 * dz
+            out[i, j] = f0 * goal[0, j] + f1 * goal[1, j] + f2 * goal[2, j]
+        out[i, 3] = f0 * dx + f1 * dy + f2 * dz
 
 
 @numba.njit(cache=True, nogil=True)
-def _jacobian(kind: NDArray[np.int64], axes: Floats, points: Floats, frame: Floats, jac: Floats) -> None:
-    """Write the Jacobian [6, n], linear above angular, of the link in its own frame."""
+def _jacobian(
+    kind: NDArray[np.int64], axes: Floats, points: Floats, frame: Floats, turn: Floats, mix: Floats, jac: Floats
+) -> None:
+    """Write how the logarithm of the error changes with each joint, [6, n]: [[turn, mix], [0, turn]] times the Jacobian."""
     for k in range(kind.shape[0]):
         ax, ay, az = axes[k, 0], axes[k, 1], axes[k, 2]
         if kind[k] == PRISMATIC:
@@ -127,14 +152,21 @@ def _jacobian(kind: NDArray[np.int64], axes: Floats, points: Floats, frame: Floa
         else:
             rx, ry, rz = frame[0, 3] - points[k, 0], frame[1, 3] - points[k, 1], frame[2, 3] - points[k, 2]
             lx, ly, lz = ay * rz - az * ry, az * rx - ax * rz, ax * ry - ay * rx
+        vx = frame[0, 0] * lx + frame[1, 0] * ly + frame[2, 0] * lz
+        vy = frame[0, 1] * lx + frame[1, 1] * ly + frame[2, 1] * lz
+        vz = frame[0, 2] * lx + frame[1, 2] * ly + frame[2, 2] * lz
+        wx = frame[0, 0] * ax + frame[1, 0] * ay + frame[2, 0] * az
+        wy = frame[0, 1] * ax + frame[1, 1] * ay + frame[2, 1] * az
+        wz = frame[0, 2] * ax + frame[1, 2] * ay + frame[2, 2] * az
         for i in range(3):
-            jac[i, k] = frame[0, i] * lx + frame[1, i] * ly + frame[2, i] * lz
-            jac[i + 3, k] = frame[0, i] * ax + frame[1, i] * ay + frame[2, i] * az
+            jac[i, k] = turn[i, 0] * vx + turn[i, 1] * vy + turn[i, 2] * vz
+            jac[i, k] += mix[i, 0] * wx + mix[i, 1] * wy + mix[i, 2] * wz
+            jac[i + 3, k] = turn[i, 0] * wx + turn[i, 1] * wy + turn[i, 2] * wz
 
 
 @numba.njit(cache=True, nogil=True)
 def _damped_step(jac: Floats, free: NDArray[np.bool_], err: Floats, work: Floats, y: Floats, q: Floats) -> None:
-    """Move `q` by -STEP * J^T (J J^T + DAMPING)^-1 err, by a Cholesky factor of the 6x6 matrix in `work`."""
+    """Move `q` by STEP * J^T (J J^T + DAMPING)^-1 err, by a Cholesky factor of the 6x6 matrix in `work`."""
     n = q.shape[0]
     for i in range(6):
         for j in range(i + 1):
@@ -160,7 +192,7 @@ def _damped_step(jac: Floats, free: NDArray[np.bool_], err: Floats, work: Floats
             s = 0.0
             for i in range(6):
                 s += jac[i, k] * y[i]
-            q[k] -= STEP * s
+            q[k] += STEP * s
 
 
 @numba.njit(cache=True, nogil=True)
@@ -176,15 +208,16 @@ def solve(
     success = np.zeros(count, np.bool_)
     axes, points, frame = np.empty((n, 3)), np.empty((n, 3)), np.empty((3, 4))
     err, rel, jac = np.empty(6), np.empty((3, 4)), np.empty((6, n))
+    turn, mix = np.empty((3, 3)), np.empty((3, 3))
     work, y, q = np.empty((6, 6)), np.empty(6), np.empty(n)
     for row in range(count):
         best = np.inf
         for k in range(n):
             q[k] = start[row, k]
-        for _ in range(MAX_ITERATIONS):
+        for _ in range(MAX_ITERATIONS + 1):
             _chain(fixed, kind, q, axes, points, frame)
-            _relative(goal[row], frame, rel)
-            _log6(rel, err)
+            _relative(frame, goal[row], rel)
+            _log6(rel, err, turn, mix)
             norm = np.sqrt((err * err).sum())
             if norm < best:
                 best = norm
@@ -193,6 +226,6 @@ def solve(
             if norm < EPS:
                 success[row] = True
                 break
-            _jacobian(kind, axes, points, frame, jac)
+            _jacobian(kind, axes, points, frame, turn, mix, jac)
             _damped_step(jac, free, err, work, y, q)
     return success

@@ -94,7 +94,7 @@ def _place_link(
         half = 0.5 * q[index] - np.pi * np.round(q[index] / (2.0 * np.pi))
         rot = _quat_mul(rot, (np.cos(half), np.sin(half), 0.0, 0.0))
     elif kind == PRISMATIC:
-        d = _rotate(rot, (float(q[index]), 0.0, 0.0))
+        d = _rotate(rot, (np.float64(q[index]), 0.0, 0.0))
         px, py, pz = px + d[0], py + d[1], pz + d[2]
     d = _rotate(rot, (f[0], f[1], f[2]))
     rot = _quat_mul(rot, (f[3], f[4], f[5], f[6]))
@@ -125,17 +125,19 @@ def link_velocities(
     for a in range(first_link.shape[0] - 1):
         for link in range(first_link[a], first_link[a + 1]):
             row, up = body_row[link], parent[link]
-            q = (float(out[row, 3]), float(out[row, 4]), float(out[row, 5]), float(out[row, 6]))
+            q = (np.float64(out[row, 3]), np.float64(out[row, 4]), np.float64(out[row, 5]), np.float64(out[row, 6]))
             c = _rotate(q, (mass_center[link, 0], mass_center[link, 1], mass_center[link, 2]))
             if up < 0:
-                wx, wy, wz = float(out[row, 10]), float(out[row, 11]), float(out[row, 12])
+                wx, wy, wz = np.float64(out[row, 10]), np.float64(out[row, 11]), np.float64(out[row, 12])
                 origin[link, 0] = out[row, 7] - (wy * c[2] - wz * c[1])
                 origin[link, 1] = out[row, 8] - (wz * c[0] - wx * c[2])
                 origin[link, 2] = out[row, 9] - (wx * c[1] - wy * c[0])
             else:
                 above = body_row[up]
-                wx, wy, wz = float(out[above, 10]), float(out[above, 11]), float(out[above, 12])
-                rx, ry, rz = out[row, 0] - out[above, 0], out[row, 1] - out[above, 1], out[row, 2] - out[above, 2]
+                wx, wy, wz = np.float64(out[above, 10]), np.float64(out[above, 11]), np.float64(out[above, 12])
+                rx = np.float64(out[row, 0]) - out[above, 0]
+                ry = np.float64(out[row, 1]) - out[above, 1]
+                rz = np.float64(out[row, 2]) - out[above, 2]
                 vx = origin[up, 0] + wy * rz - wz * ry
                 vy = origin[up, 1] + wz * rx - wx * rz
                 vz = origin[up, 2] + wx * ry - wy * rx
@@ -143,7 +145,7 @@ def link_velocities(
                     f = child_inverse[link]
                     # the joint's frame seen from the link: the x axis is the motion's
                     axis = _rotate(q, _rotate((f[3], -f[4], -f[5], -f[6]), (1.0, 0.0, 0.0)))
-                    rate = float(qvel[a, q_index[link]])
+                    rate = np.float64(qvel[a, q_index[link]])
                     if kind[link] == PRISMATIC:
                         vx, vy, vz = vx + axis[0] * rate, vy + axis[1] * rate, vz + axis[2] * rate
                     else:

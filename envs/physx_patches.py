@@ -25,7 +25,7 @@ from torch import Tensor
 
 from robopolicy.errors import MissingRequirementError
 
-from .physx_controllers import set_end_effector_action
+from .physx_controllers import end_effector_at_base, set_end_effector_action
 from .physx_scene import BatchedScene
 
 TESTED = {"mani_skill": ("3.0.1", "3.1"), "sapien": ("3.0.3", "3.1")}
@@ -67,6 +67,8 @@ def install() -> None:
     _replace_method(Actor, "show_visual", functools.partial(_set_visible, visible=True))
     # On the GPU one Newton step replaces inverse kinematics; here the CPU's solver runs for the whole batch.
     _replace_method(PDEEPosController, "set_action", set_end_effector_action)
+    # ... and it starts from SAPIEN's own pose of the link, equal to the last bit to the CPU simulation's.
+    _replace_property(PDEEPosController, "ee_pose_at_base", end_effector_at_base)
 
 
 def _is_batched(thing: Any) -> bool:

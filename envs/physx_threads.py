@@ -38,7 +38,9 @@ class WorkerPool:
     def map(self, function: Callable[[Any], None], items: Sequence[Any]) -> None:
         """Call `function` on every item, in no fixed order, and return when all are done; raises the first error."""
         with self._lock:
-            shared = iter(items)  # `next` of a list's iterator is atomic: each item goes to the thread that is free first
+            shared = iter(
+                items
+            )  # `next` of a list's iterator is atomic: each item goes to the thread that is free first
             helpers = self._tasks[: max(0, len(items) - 1)]
             for tasks in helpers:
                 tasks.put((function, shared))
