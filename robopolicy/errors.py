@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RobopolicyError(Exception):
     """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+
+    def __reduce__(self) -> tuple[Any, ...]:  # pickle would call the constructor with the message alone
+        return _restore, (type(self), self.args)
 
 
 class UnknownNameError(RobopolicyError, KeyError):
@@ -49,3 +53,7 @@ class MissingRequirementError(RobopolicyError, RuntimeError):
 
 class TrainingError(RobopolicyError, RuntimeError):
     """Training cannot go on (loss not finite, disk full); the last good checkpoint is intact."""
+
+
+def _restore(kind: type[RobopolicyError], args: tuple[Any, ...]) -> RobopolicyError:
+    return kind.__new__(kind, *args)
