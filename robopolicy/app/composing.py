@@ -11,7 +11,13 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -136,15 +142,25 @@ def _explained(verb: str, overrides: Sequence[str], error: Exception) -> Robopol
         return UnknownNameError(f"{group} for {verb}", name, error.options)
     if isinstance(error, OverrideParseException):
         return RobopolicyError(f"{error.override!r} cannot be read: {error}")
-    unknown = getattr(error.__cause__, "full_key", None)
-    if not unknown or "not in struct" not in str(error.__cause__):
+    unknown = _unknown_key(error)
+    if unknown is None:
         return RobopolicyError(str(error))
-    known = list(_leaves(_defaults(verb, overrides)))
-    choices = [name for name in cli.groups() if "/" not in name]
-    parent, _, leaf = str(unknown).rpartition(".")
-    beside = [key for key in known if key.startswith(f"{parent}.")] if parent else [*known, *choices]
-    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
-    return UnknownNameError(f"setting of {verb}", str(unknown), {*(beside or known), *same_leaf})
+    known = list(_leaves(_defaults(verb, [word for word in overrides if _key(word) != unknown])))
+    parent, dot, leaf = unknown.rpartition(".")
+    inside = [key for key in known if key.startswith(f"{parent}.")] if dot else []
+    prefix = f"{parent}." if inside else ""
+    beside = {prefix + key.removeprefix(prefix).partition(".")[0] for key in inside or known}
+    same_leaf = {key for key in known if key.rpartition(".")[2] == leaf}
+    return UnknownNameError(f"setting of {verb}", unknown, same_leaf or beside)
+
+
+def _unknown_key(error: Exception) -> str | None:
+    """Return the key that `error` says is not in the config, or None if it says something else."""
+    if isinstance(error, ConfigCompositionException) and "No match in the defaults list" in str(error):
+        return str(error).partition("'")[2].partition("'")[0]  # a group of configs/ that this verb does not have
+    if "not in struct" in str(error.__cause__):
+        return str(getattr(error.__cause__, "full_key", "")) or None
+    return None
 
 
 def _defaults(verb: str, overrides: Sequence[str]) -> DictConfig:
