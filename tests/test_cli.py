@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robopolicy.app import cli as app
-from robopolicy.app import composing
+from robopolicy.app import composing, run_config
 from robopolicy.errors import RobopolicyError
 
 Cli = Callable[..., Finished]
@@ -192,6 +192,19 @@ def test_multirun_runs_every_combination_and_leaves_one_file(
     assert len(files) == 1
     assert files[0].startswith("checkpoints/sweeps/")
     assert files[0].endswith("/multirun.yaml")
+
+
+def test_the_jobs_of_a_sweep_get_folders_of_their_own(
+    cli: Cli, empty_cwd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[str] = []
+    monkeypatch.setattr("robopolicy.app.train.run", lambda cfg: folders.append(run_config.run_folder(cfg).as_posix()))
+    assert cli("train", "-m", "task=push_cube", "seed=1,2", "train.lr=1e-3,3e-4", "logger=[wandb]").code == 0
+    assert folders == [
+        f"checkpoints/push_cube-diffusion-s{s}-train.lr_{lr}" for s in (1, 2) for lr in ("0.001", "0.0003")
+    ]
+    assert cli("train", "seed=3", "train.lr=3e-4").code == 0
+    assert folders[-1] == "checkpoints/pick_cube-diffusion-s3"
 
 
 def test_config_dir_adds_choices(cli: Cli, tmp_path: Path) -> None:

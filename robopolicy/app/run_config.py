@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from robopolicy.errors import CheckpointError
@@ -23,10 +25,23 @@ def overrides() -> list[str]:
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """Return the folder of the run that `cfg` names, or the one it gets when it names none."""
+    """Return the folder of the run that `cfg` names, or the one it gets when it names none.
+
+    The jobs of a sweep must not share a folder: what a job sets beside task, policy and seed joins its name.
+    """
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     policy = choices.get("policy", "policy")
-    return Path(cfg.checkpoints_dir) / (cfg.run or f"{cfg.task.name}-{policy}-s{cfg.seed}")
+    name = cfg.run or "-".join([cfg.task.name, policy, f"s{cfg.seed}", *_swept()])
+    return Path(cfg.checkpoints_dir) / name
+
+
+def _swept() -> list[str]:
+    """Return what this job of a sweep sets beside task, policy and seed, fit for a file name; [] without a sweep."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return []
+    named = {"task", "policy", "seed", *FREE}
+    words = [word.lstrip("+~") for word in overrides()]
+    return [re.sub(r"[^\w.+-]+", "_", word) for word in words if word.partition("=")[0] not in named]
 
 
 def resumed(cfg: DictConfig, run_dir: Path, given: Sequence[str]) -> DictConfig:
