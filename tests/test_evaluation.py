@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from point_task import LENGTH, SEEDS, HomingActor, PointEnv, info_of, point_spec, run_point
 from statsmodels.stats.proportion import proportion_confint
-from torch import Tensor
 
 from robopolicy.errors import CheckpointError, RobopolicyError, ShapeError
 from robopolicy.evaluation.progress import progress_bar
 from robopolicy.evaluation.results import (
-    eval_info,
     read_evaluation,
     read_evaluations,
     replaced_folder,
@@ -27,103 +27,12 @@ from robopolicy.evaluation.results import (
 from robopolicy.evaluation.rollout import EvalResult, Progress, actor_latency, evaluate
 from robopolicy.evaluation.statistics import drop_warmup, wilson_interval
 from robopolicy.evaluation.video import replay, tiled, write_gif, write_mp4, write_png
-from robopolicy.rng import Rng, randn
-from robopolicy.types import ActionSpec, Frame, ModalitySpec, TaskSpec
-
-LENGTH = 20
-SEEDS = list(range(10000, 10023))
-
-
-def point_spec() -> TaskSpec:
-    two = ("x", "y")
-    action = ActionSpec(
-        names=two,
-        low=(-1.0, -1.0),
-        high=(1.0, 1.0),
-        delta=(True, True),
-        discrete=(False, False),
-        units=("m", "m"),
-        physical_low=(-0.1, -0.1),
-        physical_high=(0.1, 0.1),
-        control_mode="pd_delta_pos",
-        control_dt_s=0.05,
-    )
-    return TaskSpec(
-        name="point",
-        env_id="Point-v0",
-        robot="point",
-        instruction="Go to the origin.",
-        max_episode_steps=LENGTH,
-        observation={"proprio": ModalitySpec(shape=(2,), fields={"agent/qpos": 2})},
-        action=action,
-    )
-
-
-class PointEnv:
-    """A point that moves by a tenth of the action; success within .1 of the origin. Counts its resets."""
-
-    spec = None
-    device = torch.device("cpu")
-
-    def __init__(self, num_envs: int) -> None:
-        self.num_envs, self.task_spec, self.resets = num_envs, point_spec(), []
-
-    def reset(self, *, seed=None, options=None) -> tuple[Frame, dict]:
-        self.resets.append(list(seed))
-        starts = [torch.rand(2, generator=torch.Generator().manual_seed(s)) * 2 - 1 for s in seed]
-        self.where = torch.stack(starts)
-        return {"proprio": self.where.clone()}, {}
-
-    def step(self, actions: Tensor):
-        self.where = self.where + 0.1 * actions.clamp(-1, 1)
-        distance = self.where.norm(dim=-1)
-        info = {"success": distance < 0.1}
-        never = torch.zeros(self.num_envs, dtype=torch.bool)
-        return {"proprio": self.where.clone()}, -distance, info["success"].clone(), never, info
-
-    def render(self) -> Tensor:
-        picture = torch.full((self.num_envs, 48, 64, 3), 30, dtype=torch.uint8)
-        pixel = ((self.where + 1) / 2 * 47).round().long().clamp(1, 46)
-        for i, (x, y) in enumerate(pixel.tolist()):
-            picture[i, y - 1 : y + 2, x + 7 : x + 10] = 255
-        return picture
-
-    def close(self) -> None: ...
-
-
-class HomingActor:
-    """Walks to the origin with noise, in chunks of 4; seeds whose start has x > `lame_above` stand still."""
-
-    def __init__(self, num_envs: int, *, noise: float = 0.3, lame_above: float = 2.0, leave: bool = False) -> None:
-        self.n, self.noise, self.lame_above, self.leave = num_envs, noise, lame_above, leave
-        self.replanned = False
-        self.reset()
-
-    def reset(self, rows: Tensor | None = None) -> None:
-        assert rows is None, "evaluation resets whole waves only"
-        self.age, self.lame = 0, None
-
-    def __call__(self, frame: Frame, *, generator: Rng = None) -> Tensor:
-        where = frame["proprio"]
-        self.replanned = self.age % 4 == 0
-        if self.replanned:
-            self.jitter = self.noise * randn(self.n, 2, generator=generator)
-        if self.lame is None:
-            self.lame = where[:, 0] > self.lame_above
-        self.age += 1
-        action = -10 * where + self.jitter
-        if self.leave and self.age > LENGTH // 2 + 5:
-            action = torch.ones_like(action)
-        return torch.where(self.lame[:, None], torch.zeros_like(action), action)
+from robopolicy.rng import randn
+from robopolicy.types import TaskSpec
 
 
 def outcome(result: EvalResult) -> list[dict]:
     return [episode.to_row(i) for i, episode in enumerate(result.episodes)]
-
-
-def run(num_envs: int, seeds=SEEDS, *, noise=0.3, lame_above=0.3, leave=False, **kwargs) -> EvalResult:
-    actor = HomingActor(num_envs, noise=noise, lame_above=lame_above, leave=leave)
-    return evaluate(actor, PointEnv(num_envs), seeds=seeds, **kwargs)
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (97, 100), (1, 3), (50, 100)])
@@ -142,20 +51,20 @@ def test_wilson_interval_refuses_impossible_counts(k, n):
 
 
 def test_an_episode_depends_on_its_seed_alone():
-    whole = outcome(run(1))
+    whole = outcome(run_point(1))
     for num_envs in (4, 7, 23):
-        assert outcome(run(num_envs)) == whole
-    backwards = outcome(run(5, SEEDS[::-1]))[::-1]
+        assert outcome(run_point(num_envs)) == whole
+    backwards = outcome(run_point(5, SEEDS[::-1]))[::-1]
     assert [{**row, "episode_ix": 0} for row in backwards] == [{**row, "episode_ix": 0} for row in whole]
 
 
 def test_the_same_command_gives_the_same_numbers_and_another_noise_seed_does_not():
     torch.manual_seed(1)
-    first = outcome(run(8))
+    first = outcome(run_point(8))
     torch.manual_seed(2)
     torch.rand(7)
-    assert outcome(run(8)) == first
-    other = outcome(run(8, noise_seed=1))
+    assert outcome(run_point(8)) == first
+    other = outcome(run_point(8, noise_seed=1))
     assert [row["sum_reward"] for row in other] != [row["sum_reward"] for row in first]
 
 
@@ -168,7 +77,7 @@ def test_waves_reset_everything_together_and_only_the_padding_is_dropped():
 
 
 def test_success_is_the_known_one():
-    result = run(6, noise=0.0, lame_above=0.3)
+    result = run_point(6, noise=0.0, lame_above=0.3)
     for episode in result.episodes:
         start = torch.rand(2, generator=torch.Generator().manual_seed(episode.seed)) * 2 - 1
         lame = bool(start[0] > 0.3)
@@ -181,24 +90,24 @@ def test_success_is_the_known_one():
 
 
 def test_success_once_and_at_end_are_told_apart():
-    result = run(6, noise=0.0, lame_above=2.0, leave=True)
+    result = run_point(6, noise=0.0, lame_above=2.0, leave=True)
     assert result.success_once == 1.0
     assert result.success_at_end == 0.0
 
 
 def test_stop_on_success_freezes_each_episode_at_its_own_first_success():
-    full, stopped = run(6, noise=0.0), run(6, noise=0.0, stop_on_success=True)
+    full, stopped = run_point(6, noise=0.0), run_point(6, noise=0.0, stop_on_success=True)
     assert [e.first_success_step for e in full.episodes] == [e.first_success_step for e in stopped.episodes]
     assert all(e.num_steps == (e.first_success_step or LENGTH) for e in stopped.episodes)
     assert stopped.success_at_end is None
-    assert outcome(run(1, noise=0.0, stop_on_success=True)) == outcome(stopped)
+    assert outcome(run_point(1, noise=0.0, stop_on_success=True)) == outcome(stopped)
     winners = [seed for seed, e in zip(SEEDS, full.episodes, strict=True) if e.success_once]
-    quick = run(len(winners), winners, noise=0.0, stop_on_success=True)
+    quick = run_point(len(winners), winners, noise=0.0, stop_on_success=True)
     assert quick.num_env_steps < len(winners) * LENGTH
 
 
 def test_latency_counts_only_calls_that_ran_the_policy():
-    result = run(6, num_warmup_calls=3)
+    result = run_point(6, num_warmup_calls=3)
     calls = 4 * (LENGTH // 4)  # 4 waves, a new chunk every 4 steps
     assert len(result.latency.seconds) == calls - 3
     assert result.latency.num_dropped == 3
@@ -256,7 +165,7 @@ def test_what_cannot_be_counted_is_refused():
 
 def test_progress_reaches_the_end_and_shows_the_success():
     seen: list[Progress] = []
-    result = run(6, on_step=seen.append)
+    result = run_point(6, on_step=seen.append)
     assert seen[-1] == Progress(steps_done=80, steps_total=80, episodes_started=23, num_success=result.num_success)
     assert [p.steps_done for p in seen] == list(range(1, 81))
     assert all(a.num_success <= b.num_success for a, b in itertools.pairwise(seen))
@@ -270,22 +179,8 @@ def test_demonstration_seeds_are_refused():
         require_disjoint(SEEDS, range(9000, 10003))
 
 
-def info_of(result: EvalResult, settings: dict, **changes) -> dict:
-    parts = {
-        "task": point_spec().to_dict(),
-        "checkpoint": {"path": "checkpoints/run/step_00000100", "step": 100, "weights_sha256": "0" * 64},
-        "settings": settings,
-        "latency_batch_1": result.latency,
-        "backend": "analytic",
-        "device": "cpu",
-        "command": "robopolicy eval checkpoint=checkpoints/run",
-        "video": None,
-    }
-    return eval_info(result, **{**parts, **changes})
-
-
 def test_results_come_back_from_disk_under_lerobot_names(tmp_path):
-    result = run(6)
+    result = run_point(6)
     folder = tmp_path / "eval" / "a"
     with replaced_folder(folder) as staged:
         write_results(staged, info_of(result, {"seeds": SEEDS}), result)
@@ -303,7 +198,7 @@ def test_results_come_back_from_disk_under_lerobot_names(tmp_path):
 
 
 def test_an_evaluation_is_replaced_only_by_its_equal(tmp_path):
-    result, folder = run(23), tmp_path / "eval" / "a"
+    result, folder = run_point(23), tmp_path / "eval" / "a"
     assert require_free(folder, {"seeds": 1}, overwrite=False) is None
     with replaced_folder(folder) as staged:
         write_results(staged, info_of(result, {"seeds": 1}), result)
@@ -328,7 +223,7 @@ def test_a_failing_block_leaves_the_earlier_folder_whole(tmp_path):
 
 
 def test_a_replay_shows_what_was_counted(tmp_path):
-    result = run(6)
+    result = run_point(6)
     for num_envs in (1, 4):
         clips = replay(PointEnv(num_envs), result.episodes[:9], size_px=64, stride=2, hold_steps=4)
         for clip, episode in zip(clips, result.episodes, strict=False):
@@ -363,7 +258,7 @@ def test_a_replay_shows_what_was_counted(tmp_path):
 
 
 def test_a_replay_that_ends_otherwise_says_so():
-    episode = run(1, noise=0.0, lame_above=2.0).episodes[0]
+    episode = run_point(1, noise=0.0, lame_above=2.0).episodes[0]
 
     class Slippery(PointEnv):
         def step(self, actions):
@@ -376,3 +271,45 @@ def test_a_replay_that_ends_otherwise_says_so():
 def test_a_broken_evaluation_folder_is_named(tmp_path):
     with pytest.raises(RobopolicyError, match="not a readable evaluation"):
         read_evaluation(tmp_path)
+
+
+@pytest.mark.sim
+def test_real_episodes_depend_on_their_seeds_alone_and_replay_exactly(tmp_path):
+    from robopolicy.envs import make
+
+    class Waver:
+        """Moves by noise drawn per episode every 4 steps: a stand-in for any policy."""
+
+        replanned = True
+
+        def __init__(self, num_envs: int) -> None:
+            self.n, self.age = num_envs, 0
+
+        def reset(self, rows=None) -> None:
+            self.age = 0
+
+        def __call__(self, frame, *, generator=None):
+            if self.age % 4 == 0:
+                self.action = randn(self.n, 4, generator=generator)
+            self.age += 1
+            return self.action
+
+    def episodes(num_envs: int, seeds: list[int]) -> EvalResult:
+        env = make("push_cube", num_envs=num_envs, backend="cpu", max_episode_steps=12)
+        result = evaluate(Waver(num_envs), env, seeds=seeds)
+        env.close()
+        return result
+
+    first = episodes(2, [7, 8, 9])
+    rows = {row["seed"]: {**row, "episode_ix": 0} for row in outcome(first)}
+    again = {row["seed"]: {**row, "episode_ix": 0} for row in outcome(episodes(3, [9, 7, 8]))}
+    assert again == rows
+    assert outcome(episodes(2, [7, 8, 9])) == outcome(first)
+    assert len({row["sum_reward"] for row in rows.values()}) == 3
+
+    env = make("push_cube", num_envs=1, backend="cpu", max_episode_steps=12)
+    for episode in first.episodes:
+        env.reset(seed=[episode.seed])
+        rewards = [float(env.step(action[None])[1]) for action in episode.actions]
+        assert math.fsum(rewards) == episode.sum_reward
+    env.close()

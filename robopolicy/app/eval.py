@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import shlex
 import time
@@ -34,7 +35,6 @@ MOST_ENVS = {"cuda": 256, "cpu": 25, "single": 1}
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate `cfg.checkpoint` and write its folder under the run's `eval/`."""
-    import torch
     from rich.console import Console
 
     from robopolicy.envs import default_backend
@@ -46,10 +46,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     if cfg.n_episodes < 1:
         raise RobopolicyError(f"n_episodes must be at least 1; got {cfg.n_episodes}.")
-    console = Console(stderr=True, highlight=False)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    device = _device(cfg.device)
     changes = dict(_changes(cfg.policy))
     loaded = _load(cfg, changes, device)
+    _require_actionable(cfg.n_action_steps, loaded)
     seeds = list(range(cfg.seed, cfg.seed + cfg.n_episodes))
     results.require_disjoint(seeds, demonstration_seeds(loaded.config))
     settings = _settings(cfg, loaded, changes, seeds)
@@ -97,7 +98,7 @@ def demonstration_seeds(config: Mapping[str, Any]) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
-def _load(cfg: DictConfig, changes: Mapping[str, Any], device: torch.device | str) -> LoadedPolicy:
+def _load(cfg: DictConfig, changes: Mapping[str, Any], device: torch.device) -> LoadedPolicy:
     """Return the checkpoint's policy, built from its own config with `changes` applied."""
     from omegaconf import OmegaConf
 
@@ -115,6 +116,32 @@ def _load(cfg: DictConfig, changes: Mapping[str, Any], device: torch.device | st
     return checkpoint.load(cfg.checkpoint, build, device=device)
 
 
+def _device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` is the GPU where there is one."""
+    import torch
+
+    from robopolicy.errors import MissingRequirementError, UnknownNameError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UnknownNameError("device", name, ("auto", "cpu", "cuda", "cuda:0"))
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingRequirementError(f"device={name}: torch finds no CUDA device here; device=cpu works everywhere.")
+    return torch.device(name)
+
+
+def _require_actionable(n_action_steps: int | None, loaded: LoadedPolicy) -> None:
+    """Raise RobopolicyError if chunks of this policy cannot be executed for `n_action_steps`."""
+    from robopolicy.errors import RobopolicyError
+
+    if n_action_steps is not None:
+        try:
+            dataclasses.replace(loaded.policy.timing, n_action_steps=n_action_steps)
+        except ValueError as error:
+            raise RobopolicyError(str(error)) from error
+
+
 def _environment(
     cfg: DictConfig, loaded: LoadedPolicy, *, num_envs: int, backend: str, render: bool = False
 ) -> Environment:
@@ -127,7 +154,7 @@ def _environment(
 
     saved = loaded.spec
     env = make(
-        cfg.task or saved.name,
+        saved.name,
         num_envs=num_envs,
         backend=backend,
         control_mode=saved.action.control_mode,
@@ -158,7 +185,7 @@ def _film(
     episodes = result.episodes[: cfg.video_episodes]
     begin = time.perf_counter()
     tiles = len(episodes) if backend == "cuda" else 1  # one by one on a CPU: no picture is drawn of a finished episode
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("rendering", total=None)
         env = _environment(cfg, loaded, num_envs=tiles, backend=backend, render=True)
         video = record(
@@ -192,7 +219,7 @@ def _settings(cfg: DictConfig, loaded: LoadedPolicy, changes: Mapping[str, Any],
 
     return {
         "weights_sha256": sha256(loaded.path / "model.safetensors"),
-        "task": cfg.task or loaded.spec.name,
+        "task": loaded.spec.name,
         "seeds": seeds,
         "noise_seed": cfg.noise_seed,
         "max_episode_steps": cfg.max_episode_steps or loaded.spec.max_episode_steps,
@@ -215,8 +242,6 @@ def _source(loaded: LoadedPolicy, settings: Mapping[str, Any]) -> dict[str, Any]
 def _name(cfg: DictConfig, loaded: LoadedPolicy, changes: Mapping[str, Any]) -> str:
     """Return a folder name that tells evaluations of one run apart: step, episodes, seed, and what was changed."""
     parts = [f"step_{loaded.step:08d}", f"n{cfg.n_episodes}", f"s{cfg.seed}"]
-    if cfg.task and cfg.task != loaded.spec.name:
-        parts.append(cfg.task)
     for key in ("n_action_steps", "max_episode_steps"):
         if cfg[key]:
             parts.append(f"{key}_{cfg[key]}")

@@ -23,7 +23,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from robopolicy.training import checkpoint
 
     path = render_report(run_folder(checkpoint.resolve(cfg.run)))
-    Console(stderr=True, highlight=False).print(f"wrote [bold]{path}[/] ({path.stat().st_size / 1e6:.1f} MB)")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"wrote [bold]{path}[/] ({path.stat().st_size / 1e6:.1f} MB)"
+    )
     if cfg.open:
         import webbrowser
 

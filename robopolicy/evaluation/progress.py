@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,10 +11,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from robopolicy.evaluation.rollout import Progress as EvalProgress
 
+PLAIN_EVERY_S = 20.0
+"""Without a terminal a line of progress appears this often."""
+
 
 @contextmanager
 def progress_bar(n_episodes: int, *, console: Console | None = None) -> Iterator[Callable[[EvalProgress], None]]:
-    """Show a bar on stderr for `n_episodes`; yields the function to pass to `evaluate` as `on_step`."""
+    """Show a bar on stderr for `n_episodes` (a line now and then where that is no terminal).
+
+    Yields the function to pass to `evaluate` as `on_step`.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain(n_episodes, console)
+        return
     columns = (
         TextColumn("[bold]evaluating"),
         BarColumn(bar_width=None),
@@ -23,7 +34,6 @@ def progress_bar(n_episodes: int, *, console: Console | None = None) -> Iterator
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = console or Console(stderr=True)
     with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
         task = bar.add_task("evaluating", total=None, started=0, wanted=n_episodes, success=0)
 
@@ -37,3 +47,19 @@ def progress_bar(n_episodes: int, *, console: Console | None = None) -> Iterator
             )
 
         yield show
+
+
+def _plain(n_episodes: int, console: Console) -> Callable[[EvalProgress], None]:
+    begun_s = shown_s = time.monotonic()
+
+    def show(state: EvalProgress) -> None:
+        nonlocal shown_s
+        now_s = time.monotonic()
+        if now_s - shown_s > PLAIN_EVERY_S:
+            shown_s = now_s
+            left_s = (now_s - begun_s) / state.steps_done * (state.steps_total - state.steps_done)
+            console.print(
+                f"episodes {state.episodes_started}/{n_episodes}  {state.num_success} succeeded  {left_s:.0f} s left"
+            )
+
+    return show

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shlex
 import struct
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from robopolicy.evaluation.charts import histogram, loss_chart
 from robopolicy.evaluation.results import Evaluation, read_evaluations
 
 MOST_VIDEO_BYTES = 30_000_000
-HIDDEN = frozenset({"_target_", "_partial_", "task_spec", "limits"})
+HIDDEN = frozenset({"_target_", "_partial_", "task_spec", "limits", "command"})
 
 
 def render_report(run_dir: Path) -> Path:
@@ -283,6 +284,8 @@ def _value(value: Any) -> str:
         if value and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
             return f"{_ranges(value)} ({len(value)})" if len(value) > 4 else ", ".join(map(str, value))
         return ", ".join(_value(item) for item in value)
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value):
+        return f"{value[:12]}…"  # a digest
     return str(value)
 
 
@@ -300,8 +303,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _commands(config: Mapping[str, Any], where: str, evaluations: Sequence[Evaluation]) -> list[str]:
-    train = (config.get("train") or {}).get("command")
-    commands = [train if isinstance(train, str) else shlex.join(train)] if train else []
+    recorded = [(config.get(part) or {}).get("command") for part in ("data", "train")]
+    commands = [command if isinstance(command, str) else shlex.join(command) for command in recorded if command]
     commands += [one.info["command"] for one in evaluations]
     return [*dict.fromkeys(commands), f"robopolicy report run={where}"]
 

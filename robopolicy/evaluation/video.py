@@ -85,13 +85,13 @@ def record(
 
 
 def affordable_stride(env: Environment, seed: int, num_steps: float, budget_s: float) -> int:
-    """Return the least stride, at most 8, with which `num_steps` steps of `env` render within `budget_s`."""
+    """Return the least stride, at most 4, with which `num_steps` steps of `env` render within `budget_s`."""
     env.reset(seed=[seed] * env.num_envs)
     env.render()  # the first picture compiles shaders
     begin = time.perf_counter()
     env.render()
     needed_s = (time.perf_counter() - begin) * num_steps
-    return int(np.clip(np.ceil(needed_s / budget_s), 1, 8))
+    return int(np.clip(np.ceil(needed_s / budget_s), 1, 4))
 
 
 def replay(
@@ -165,7 +165,7 @@ def decorate(clip: Clip, k: int) -> np.ndarray:
     image = Image.fromarray(clip.frames[min(k, len(clip.frames) - 1)])
     draw = ImageDraw.Draw(image)
     size = image.width
-    font = ImageFont.load_default(max(10, size // 15))
+    font = ImageFont.load_default(max(10, size // 17))
     text = f"seed {clip.seed}"
     colour = None
     if clip.success_frame is not None and k >= clip.success_frame:

@@ -1,0 +1,210 @@
+"""The report: tells what the run's files hold, needs nothing but itself, and says what is missing."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from point_task import HomingActor, PointEnv, info_of, point_spec, run_point
+from safetensors.torch import save_file
+
+from robopolicy.errors import CheckpointError
+from robopolicy.evaluation.charts import histogram, loss_chart
+from robopolicy.evaluation.report import context, duration, milliseconds, num_parameters, percent, render_report
+from robopolicy.evaluation.results import replaced_folder, write_results
+from robopolicy.evaluation.rollout import actor_latency
+from robopolicy.evaluation.video import record
+
+VOID = {"meta", "br", "img", "input", "link", "path", "use", "source"}
+
+
+def make_run(root: Path, *, steps: tuple[int, ...] = (100,), losses: bool = True) -> Path:
+    run = root / "run <1>"
+    for step in steps:
+        folder = run / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        save_file({"w": torch.zeros(30, 40), "b": torch.zeros(5)}, folder / "model.safetensors")
+        policy = {
+            "format": "robopolicy/1",
+            "step": step,
+            "task_spec": point_spec().to_dict(),
+            "timing": {"n_obs_steps": 2, "horizon": 16, "n_action_steps": 8},
+            "policy": {"_target_": "robopolicy.policies.diffusion.DiffusionPolicy", "prediction": "sample"},
+            "data": {"path": "demos/point.h5", "seeds": [*range(40), *range(50, 60)]},
+            "train": {"lr": 1e-3, "batch_size": 128, "command": ["robopolicy", "train", "task=point"]},
+        }
+        (folder / "policy.json").write_text(json.dumps(policy))
+    (run / "last").write_text(f"step_{steps[-1]:08d}\n")
+    if losses:
+        rows = [{"step": 10 * k, "train/loss": 1 / k, "train/samples_per_s": 5000.0} for k in range(1, 90)]
+        rows += [{"step": 100 * k, "val/loss": 2 / k} for k in range(1, 9)]
+        cut_short = '{"step": 99'
+        (run / "metrics.jsonl").write_text("\n".join([*map(json.dumps, rows), cut_short]))
+    return run
+
+
+def add_evaluation(run: Path, name: str, *, step: int = 100, n: int = 12, film: bool = False, **settings) -> None:
+    seeds = list(range(10000, 10000 + n))
+    result = run_point(4, seeds)
+    with replaced_folder(run / "eval" / name) as staged:
+        video = record(PointEnv(1), result.episodes[:4], staged, size_px=48) if film else None
+        info = info_of(
+            result,
+            {"seeds": seeds, "policy_overrides": {}, **settings},
+            checkpoint={"path": f"step_{step}", "step": step, "weights_sha256": "a" * 64},
+            latency_batch_1=actor_latency(HomingActor(1), {"proprio": torch.zeros(1, 2)}, num_calls=30),
+            video=video,
+        )
+        write_results(staged, info, result)
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, and what a browser would request; complains about tags left open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.urls, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.urls += [value for name, value in attrs if name in ("src", "href", "poster", "xlink:href", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += f" {data}"
+
+
+def page_of(run: Path) -> Page:
+    path = render_report(run)
+    assert path == run / "report.html"
+    return Page(path.read_text())
+
+
+def flat(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+def test_a_full_report_holds_everything_and_requests_nothing(tmp_path):
+    run = make_run(tmp_path)
+    add_evaluation(run, "main", film=True)
+    page = page_of(run)
+    text = flat(page.text)
+    (info,) = (json.loads(p.read_text()) for p in run.glob("eval/*/eval_info.json"))
+    for wanted in (
+        "Go to the origin.",
+        f"{percent(info['overall']['pc_success'])}\u2009%",
+        f"{info['overall']['n_success']} of 12",
+        "demos/point.h5",
+        "0-39, 50-59 (50)",
+        "Failed seeds: " + ", ".join(map(str, info["failed_seeds"])),
+        "robopolicy train task=point",
+        "robopolicy eval checkpoint=checkpoints/run",
+        "sha256 " + "a" * 64,
+        f"torch {torch.__version__}",
+    ):
+        assert flat(wanted) in text
+    assert page.tags.count("svg") == 3
+    assert "video" in page.tags
+    assert all(url.startswith(("data:", "#")) for url in page.urls)
+    assert not re.search(
+        r"(https?:)?//(?!www\.w3\.org)[\w.]+\.\w+/", (run / "report.html").read_text().split("base64")[0]
+    )
+    assert "run <1>" in page.text, "names are escaped"
+    assert page.tags.count("tr") == 13
+    assert [p.name for p in run.iterdir() if "report" in p.name] == ["report.html"]
+
+
+@pytest.mark.parametrize("losses", [True, False])
+def test_what_is_missing_is_said(tmp_path, losses):
+    run = make_run(tmp_path, losses=losses)
+    text = flat(page_of(run).text)
+    assert "Not evaluated yet." in text
+    assert "robopolicy eval checkpoint=" in text
+    assert ("No training losses" in text) != losses
+    add_evaluation(run, "main")
+    text = flat(page_of(run).text)
+    assert "Not evaluated yet." not in text
+    assert "No film of this evaluation." in text
+
+
+def test_the_headline_is_the_last_step_as_trained_not_the_best(tmp_path):
+    run = make_run(tmp_path, steps=(50, 100))
+    add_evaluation(run, "a", step=50, n=40)
+    add_evaluation(run, "b", step=100, n=8)
+    add_evaluation(run, "c", step=100, n=12)
+    add_evaluation(run, "d", step=100, n=16, policy_overrides={"sampler.num_inference_steps": 4})
+    shown = context(run)
+    assert shown["main"]["name"] == "c"
+    assert [one["name"] for one in shown["evaluations"]] == ["a", "b", "c", "d"]
+    assert shown["step"] == 100
+    assert "sampler.num_inference_steps=4" in flat(page_of(run).text)
+
+
+def test_a_published_policy_is_its_own_run(tmp_path):
+    run = make_run(tmp_path, losses=False)
+    zoo = tmp_path / "zoo"
+    (run / "step_00000100").rename(zoo)
+    assert "Not evaluated yet." in flat(page_of(zoo).text)
+    with pytest.raises(CheckpointError, match="no checkpoint to report on"):
+        render_report(run)
+
+
+def test_a_film_that_was_deleted_or_is_too_large_does_not_break_the_page(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    add_evaluation(run, "main", film=True)
+    monkeypatch.setattr("robopolicy.evaluation.report.MOST_VIDEO_BYTES", 10)
+    assert "too large" in flat(page_of(run).text)
+    (run / "eval/main/episodes.mp4").unlink()
+    assert "No film of this evaluation." in flat(page_of(run).text)
+
+
+def test_record_names_what_it_wrote(tmp_path):
+    result = run_point(4)
+    video = record(PointEnv(2), result.episodes[:4], tmp_path, size_px=48, stride=2)
+    assert video["same_outcomes"]
+    assert video["seeds"] == [10000, 10001, 10002, 10003]
+    assert {p.name for p in tmp_path.iterdir()} == {video["mp4"], video["poster"], video["gif"]}
+
+
+def test_charts_take_their_colour_from_the_page():
+    train = (range(1, 2000), [1 / k for k in range(1, 2000)])
+    for svg in (
+        loss_chart(train, None),
+        loss_chart(([1, 2], [0.5, float("nan")]), ([1], [0.4])),
+        histogram([1, 2, 2, 3], xlabel="steps", ylabel="episodes"),
+        histogram([0.1, 0.11, 0.5, 9.0], xlabel="ms", ylabel="calls", marks=[("median", 0.3)]),
+        histogram([2.0, 2.0], xlabel="ms", ylabel="calls"),
+    ):
+        Page(svg)
+        assert svg.startswith("<svg")
+        assert "currentColor" in svg
+        assert "#010203" not in svg
+        assert len(svg) < 120_000
+    assert loss_chart(train, None) == loss_chart(train, None)
+
+
+def test_numbers_read_well(tmp_path):
+    assert [percent(v) for v in (97.0, 96.55, 100.0, 0.0)] == ["97", "96.5", "100", "0"]
+    assert [milliseconds(v) for v in (0.01234, 3.14159, 42.42, 1234.5)] == ["0.0123", "3.14", "42.4", "1234"]
+    assert [duration(v) for v in (0.84, 42.3, 185, 7620)] == ["0.8 s", "42 s", "3 min 5 s", "2 h 7 min"]
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, tmp_path / "m.safetensors")
+    assert num_parameters(tmp_path / "m.safetensors") == 10
+    assert num_parameters(tmp_path / "none.safetensors") is None
