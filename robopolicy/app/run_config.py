@@ -65,9 +65,10 @@ def resumed(cfg: DictConfig, run_dir: Path, given: Sequence[str]) -> DictConfig:
         else:
             differences += _differences(key, _plain(had), _plain(asked))
     if differences:
+        shown = differences[:6] + (["..."] if len(differences) > 6 else [])
         raise CheckpointError(
             f"The run {run_dir} is resumed with the settings it was started with; leave these out, or start a new run "
-            "with another `run=`:\n" + "\n".join(f"  - {line}" for line in differences)
+            "with another `run=`:\n" + "\n".join(f"  - {line}" for line in shown)
         )
     return saved
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shlex
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from omegaconf import DictConfig
 
-    from robopolicy.data import EpisodeStore
+    from robopolicy.data.store import EpisodeStore
     from robopolicy.training.settings import TrainSettings
 
 EXAMPLES: tuple[tuple[str, str], ...] = (
@@ -63,7 +64,7 @@ def _train(
     import torch
 
     from robopolicy.app.build import build_policy
-    from robopolicy.data import batches
+    from robopolicy.data.windows import batches
     from robopolicy.training import checkpoint
     from robopolicy.training.fit import fit
     from robopolicy.training.interrupt import stop_on_signals
@@ -74,10 +75,17 @@ def _train(
     torch.manual_seed(cfg["seed"])
     policy = build_policy(cfg["policy"], demos.spec)
     policy.norm.fit(demos.limits())
-    ours = {"batch_size": settings.batch_size, "device": accelerator.device}
+    ours = {key: cfg["data"][key] for key in ("action_padding", "pad_after")}
+    ours |= {"batch_size": settings.batch_size, "device": accelerator.device}
     trained = cfg["train"] | {"seed": cfg["seed"], "command": cfg["command"]}
     spread = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
 
+    if accelerator.is_main_process:
+        size = sum(p.numel() for p in policy.parameters()) / 1e6
+        where = f"cpu, {torch.get_num_threads()} thread(s)" if accelerator.device.type == "cpu" else accelerator.device
+        print(
+            f"{run_dir}: {demos.num_episodes} episodes, {demos.num_frames:,} frames, {size:.2f} M weights, on {where}."
+        )
     began_s = time.perf_counter()
     with stop_on_signals() as stop, _Reports(cfg, settings, run_dir, earlier["step"], accelerator) as reports:
         done = fit(
@@ -143,7 +151,7 @@ def _demonstrations(
             fingerprint `recorded`.
     """
     from robopolicy.app import run_config
-    from robopolicy.data import load_demonstrations
+    from robopolicy.data.maniskill import load_demonstrations
     from robopolicy.errors import DataError
     from robopolicy.training import runs
 
@@ -158,8 +166,40 @@ def _demonstrations(
     for key, found in {"name": store.spec.name, "control_mode": store.spec.action.control_mode}.items():
         if found != task[key]:
             raise DataError(f"{path} holds demonstrations with {key}={found}, the run has task.{key}={task[key]}.")
-    about = {"path": str(path), "fingerprint": fingerprint, "num_episodes": store.num_episodes}
-    return store, None, about
+    train, held_out = _split(store, settings.val_fraction)
+    about = {
+        "path": str(path),
+        "fingerprint": fingerprint,
+        "num_episodes": train.num_episodes,
+        "num_frames": train.num_frames,
+        "num_held_out_episodes": held_out.num_episodes if held_out is not None else 0,
+        "seeds": store.seeds[store.seeds >= 0].tolist(),
+    }
+    return train, held_out, about
+
+
+def _split(store: EpisodeStore, fraction: float) -> tuple[EpisodeStore, EpisodeStore | None]:
+    """Return the episodes to train on and the last `fraction` of all, at least one; none for 0."""
+    from robopolicy.errors import RobopolicyError
+
+    if fraction == 0:
+        return store, None
+    kept = store.num_episodes - max(1, round(fraction * store.num_episodes))
+    if kept < 1:
+        raise RobopolicyError(
+            f"train.val_fraction={fraction} leaves none of {store.num_episodes} episodes to train on."
+        )
+    frame = int(store.episode_ends[kept - 1])
+    held_out = dataclasses.replace(
+        store,
+        modalities={name: value[frame:] for name, value in store.modalities.items()},
+        action=store.action[frame:],
+        episode_ends=store.episode_ends[kept:] - frame,
+        seeds=store.seeds[kept:],
+        success=store.success[kept:],
+        stored_limits=None,
+    )
+    return store.first(kept), held_out
 
 
 def _say(cfg: dict[str, Any], settings: TrainSettings, done: int, loss: float, *, steps: int, took_s: float) -> None:
