@@ -54,7 +54,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
 def command() -> Callable[..., Finished]:
     """Return a function that runs the command line in its own process: `command("train", "seed=1", cwd=tmp_path)`."""
 
-    def run(*words: str, cwd: Path, timeout_s: float = 120, env: dict[str, str] | None = None) -> Finished:
+    def run(*words: str, cwd: Path, timeout_s: float = 300, env: dict[str, str] | None = None) -> Finished:
         done = subprocess.run(
             [sys.executable, "-m", "robopolicy", *words],
             cwd=cwd,

@@ -49,10 +49,10 @@ def kill_once_saved(words: tuple[str, ...], *, cwd: Path, run: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not (run / "last").exists():
         assert child.poll() is None, child.communicate()[1]
-        assert time.monotonic() < deadline, "no checkpoint within 60 s"
+        assert time.monotonic() < deadline, "no checkpoint within 180 s"
         time.sleep(0.001)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
