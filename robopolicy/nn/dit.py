@@ -27,7 +27,7 @@ class ChunkDiT(nn.Module):
         horizon: int,
         cond_dim: int,
         *,
-        width: int = 192,
+        width: int = 128,
         depth: int = 4,
         num_heads: int = 4,
         time_dim: int = 64,
@@ -51,7 +51,7 @@ class ChunkDiT(nn.Module):
         for block in self.blocks:
             h = block(h, c)
         scale, shift = rearrange(self.modulation(c), "b (two w) -> two b 1 w", two=2)
-        return self.out(modulated_norm(h, scale, shift))
+        return self.out(modulated_norm(h, 1 + scale, shift))
 
 
 class _Block(nn.Module):
@@ -69,8 +69,11 @@ class _Block(nn.Module):
         """h [B, H, W], c [B, W] -> [B, H, W]."""
         scale1, shift1, gate1, scale2, shift2, gate2 = rearrange(self.modulation(c), "b (six w) -> six b 1 w", six=6)
         q, k, v = rearrange(
-            self.qkv(modulated_norm(h, scale1, shift1)), "b h (three n d) -> three b n h d", three=3, n=self.num_heads
+            self.qkv(modulated_norm(h, 1 + scale1, shift1)),
+            "b h (three n d) -> three b n h d",
+            three=3,
+            n=self.num_heads,
         )
         mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b n h d -> b h (n d)")
         h = torch.addcmul(h, gate1, self.project(mixed))
-        return torch.addcmul(h, gate2, self.mlp(modulated_norm(h, scale2, shift2)))
+        return torch.addcmul(h, gate2, self.mlp(modulated_norm(h, 1 + scale2, shift2)))

@@ -45,6 +45,6 @@ def zero_(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-def modulated_norm(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return layer norm of `h` [..., W] without weights of its own, times (1 + `scale`), plus `shift`."""
-    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:]), 1 + scale)
+def modulated_norm(h: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """Return layer norm of `h` [..., W] without weights of its own, times `gain`, plus `shift`."""
+    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:]), gain)

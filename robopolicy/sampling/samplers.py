@@ -141,18 +141,18 @@ def run_steps(field: Field, start: Tensor, steps: Sequence[Step], *, clip: bool,
     x = start
     levels = torch.tensor([step.level for step in steps], device=start.device)[:, None].expand(-1, len(start))
     for step, level in zip(steps, levels, strict=True):
-        output = field(x, level).to(x.dtype)
+        output = field(x, level)
+        if output.dtype != x.dtype:  # mixed precision: the chain itself stays in the start's
+            output = output.to(x.dtype)
         clean = _combine(step.clean, x, output)
-        if clip:
-            clean = clean.clamp(-1.0, 1.0)
-        following = clean * step.from_clean
+        following = clean.clamp(-1.0, 1.0).mul_(step.from_clean) if clip else clean * step.from_clean
         if step.from_x:
-            following = following.add_(x, alpha=step.from_x)
+            following.add_(x, alpha=step.from_x)
         if step.from_output:
-            following = following.add_(output, alpha=step.from_output)
+            following.add_(output, alpha=step.from_output)
         if step.noise_std:
             noise = randn(*x.shape, generator=generator, device=x.device)
-            following = following.add_(noise.to(x.dtype), alpha=step.noise_std)
+            following.add_(noise.to(x.dtype), alpha=step.noise_std)
         x = following
     return x
 
