@@ -36,6 +36,9 @@ __all__ = [
 SOFTWARE = "software"
 """Our name in ManiSkill's table of render backends for the device that is no CUDA device."""
 
+_KEPT: list[Any] = []
+"""Keeps SAPIEN's table of devices alive."""
+
 DRIVER_NOISE = re.compile(
     rb"third_party/swiftshader/.*(WARNING|UNSUPPORTED)|Failed to find (system libvulkan|Vulkan ICD|glvnd)"
 )
@@ -53,6 +56,10 @@ def load_maniskill() -> Vulkan:
     with quiet_drivers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import gymnasium
+        import sapien
+
+        # Drivers complain when the first device appears, and again after the last one is gone.
+        _KEPT.append(sapien.Device("cpu"))
         import mani_skill.envs  # noqa: F401 (registers the environments)
         from mani_skill.utils import download_asset
 

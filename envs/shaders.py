@@ -17,7 +17,7 @@ from pathlib import Path
 PACKS = ("minimal", "default")
 """The shader packs that ManiSkill's cameras use."""
 
-TABLE = re.compile(r"^.*uniform sampler2D samplerBRDFLUT;.*\n", re.MULTILINE)
+TABLE = re.compile(r"^.*uniform sampler2D samplerBRDFLUT;.*\n?", re.MULTILINE)
 LOOKUP = "texture(samplerBRDFLUT, vec2(roughness, dotNV)).xy"
 FIT = (
     "vec2(-1.04, 1.04) * (min((1.0 - roughness) * (1.0 - roughness), exp2(-9.28 * dotNV)) * (1.0 - roughness)"
@@ -30,7 +30,7 @@ def fast_shaders(original: Path, version: str) -> Path:
 
     The copy is made once and kept in the user's cache folder.
     """
-    digest = hashlib.sha256(FIT.encode()).hexdigest()[:8]
+    digest = hashlib.sha256((TABLE.pattern + LOOKUP + FIT).encode()).hexdigest()[:8]
     target = _cache_folder() / f"sapien-{version}-shaders-{digest}"
     if target.is_dir():
         return target

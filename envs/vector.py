@@ -198,13 +198,14 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
         self._episode_seeds = None if seeds is None else dict(zip(rows.tolist(), seeds, strict=True))
         if partial:
             options["env_idx"] = rows
-        targets = _clone(base.agent.get_controller_state()) if partial else {}
+        on_cuda = self.device.type == "cuda"
+        targets = _clone(base.agent.get_controller_state()) if partial and on_cuda else {}
         with (
-            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+            torch.random.fork_rng(devices=[self.device] if on_cuda else []),
             self._rebuilding(options, partial),
         ):
             obs, info = base.reset(seed=reset_seed, options=options)
-        if targets:  # ManiSkill resets the controllers of the environments that go on, too
+        if targets:  # on the GPU ManiSkill resets the controllers of the environments that go on, too
             reset_mask = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
             reset_mask[rows] = True
             base.agent.set_controller_state(_merge(reset_mask, base.agent.get_controller_state(), targets))
@@ -215,7 +216,7 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
             chosen[rows] = torch.tensor(seeds, dtype=torch.int64, device=self.device)
         return self._frame(obs), {**self._info(info), "episode_seed": chosen}
 
-    def step(self, actions: Tensor) -> tuple[Frame, Tensor, Tensor, Tensor, Info]:  # type: ignore[override]
+    def step(self, actions: Tensor) -> tuple[Frame, Tensor, Tensor, Tensor, Info]:
         """Apply `actions` [N, A], in the units and bounds of `task_spec.action`; ManiSkill clips them to the bounds.
 
         Returns:

@@ -49,21 +49,22 @@ class Vulkan:
 
     loader: str | None
     """The loader library: the system's, or the one inside SAPIEN's wheel."""
-    chosen_by: Literal["user", "nvidia", "system", "swiftshader", "nobody"]
+    chosen_by: Literal["user", "system", "sapien", "swiftshader", "nobody"]
+    """Whose entry names the driver: the user's variable, the system's folders, SAPIEN's own entry for NVIDIA, Chromium."""
     devices: tuple[VulkanDevice, ...] = ()
 
     @property
     def is_usable(self) -> bool:
-        """Whether SAPIEN can be expected to render; on NVIDIA drivers only rendering itself tells."""
-        return self.chosen_by == "nvidia" or any(device.is_suitable for device in self.devices)
+        """Whether SAPIEN can be expected to render."""
+        return any(device.is_suitable for device in self.devices)
 
 
 @functools.cache
 def prepare_vulkan() -> Vulkan:
     """Make a usable Vulkan driver visible to SAPIEN if one is installed, and say what was found.
 
-    Call before `sapien` is imported. Sets `VK_ICD_FILENAMES` only if the user chose no driver, the machine has no
-    NVIDIA driver, the drivers it has do not suffice, and SwiftShader does. Child processes inherit the choice.
+    Call before `sapien` is imported. Sets `VK_ICD_FILENAMES` only if the user chose no driver, those that the system
+    lists do not suffice, and another does. Child processes inherit the choice.
     """
     loader = find_loader()
     if sys.platform != "linux":
@@ -72,16 +73,15 @@ def prepare_vulkan() -> Vulkan:
         )
     if any(os.environ.get(name) for name in USER_VARIABLES):
         return Vulkan(loader=loader, chosen_by="user", devices=list_devices(loader))
-    if has_nvidia_driver():
-        return Vulkan(loader=loader, chosen_by="nvidia")
     found = Vulkan(loader=loader, chosen_by="system", devices=list_devices(loader))
     if found.is_usable:
         return found
-    for icd in filter(os.path.exists, SWIFTSHADER_ICDS):
+    for icd in filter(os.path.exists, [*_nvidia_icds(), *SWIFTSHADER_ICDS]):
         os.environ["VK_ICD_FILENAMES"] = icd
-        software = Vulkan(loader=loader, chosen_by="swiftshader", devices=list_devices(loader))
-        if software.is_usable:
-            return software
+        owner: Literal["sapien", "swiftshader"] = "swiftshader" if icd in SWIFTSHADER_ICDS else "sapien"
+        other = Vulkan(loader=loader, chosen_by=owner, devices=list_devices(loader))
+        if other.is_usable:
+            return other
         del os.environ["VK_ICD_FILENAMES"]
     return Vulkan(loader=loader, chosen_by="nobody", devices=found.devices)
 
@@ -97,10 +97,20 @@ def find_loader() -> str | None:
         ctypes.CDLL("libvulkan.so.1")
         return "libvulkan.so.1"
     except OSError:
-        spec = importlib.util.find_spec("sapien")  # does not import it
-        folders = spec.submodule_search_locations if spec is not None else None
-        bundled = sorted(Path(folders[0], "vulkan_library").glob("libvulkan.so.1*")) if folders else []
-        return str(bundled[0]) if bundled else None
+        bundled = _in_sapien("libvulkan.so.1*")
+        return bundled[0] if bundled else None
+
+
+def _nvidia_icds() -> list[str]:
+    """Return the ICD for containers that have NVIDIA's driver, but not the file that tells the loader."""
+    return _in_sapien("nvidia_icd.json") if has_nvidia_driver() else []
+
+
+def _in_sapien(pattern: str) -> list[str]:
+    """Return what matches in SAPIEN's `vulkan_library` folder, without importing SAPIEN."""
+    spec = importlib.util.find_spec("sapien")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return sorted(str(path) for path in Path(folders[0], "vulkan_library").glob(pattern)) if folders else []
 
 
 def list_devices(loader: str | None) -> tuple[VulkanDevice, ...]:
