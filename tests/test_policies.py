@@ -103,6 +103,21 @@ def test_every_configuration_trains_acts_and_is_saved(name, camera):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_trains_and_acts_in_mixed_precision(name):
+    spec = fake_spec()
+    policy = build(name, spec).train()
+    batch = fake_batch(spec, 3, policy.timing.n_obs_steps, policy.timing.horizon)
+    full = policy(batch, generator=seeded(0)[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = policy(batch, generator=seeded(0)[0])
+        chunk = policy.act(batch.obs, generator=seeded(1)[0])
+    assert (loss.dtype, chunk.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(loss, full, rtol=0.02, atol=0)
+    loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_configuration_names_targets_of_this_library_only(name):
     with initialize_config_module("robopolicy.configs", version_base=None):
         config = compose(overrides=[f"+policy={name}"])

@@ -7,8 +7,8 @@ nothing. Both samplers make the same kind of step, whose weights depend on the l
     x     <- from_clean * clean + from_x * x + from_output * output + noise_std * fresh noise
 
 so the weights are worked out once per (sampler, schedule, prediction, levels) as Python floats, and a step costs a
-handful of tensor operations. `scheduler.step` of diffusers works them out again at each step, which at batch 1 costs
-about as much as a forward pass of a small network; tests hold both to the same numbers.
+handful of tensor operations. `scheduler.step` of diffusers works them out again at each step and took six times as
+long at batch 1 (scripts/bench_policy.py); tests hold both to the same numbers.
 
     DDPM   Ho et al. 2020 (arXiv:2006.11239), eq. 7; the posterior q(x_next | x, clean) for the NEXT LISTED level
     DDIM   Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16; the noise is that of the unclipped prediction
