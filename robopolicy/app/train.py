@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from omegaconf import DictConfig
 
-    from robopolicy.data.store import EpisodeStore
+    from robopolicy.data import EpisodeStore
     from robopolicy.training.settings import TrainSettings
 
 EXAMPLES: tuple[tuple[str, str], ...] = (
@@ -64,7 +64,7 @@ def _train(
     import torch
 
     from robopolicy.app.build import build_policy
-    from robopolicy.data.windows import batches
+    from robopolicy.data import batches
     from robopolicy.training import checkpoint
     from robopolicy.training.fit import fit
     from robopolicy.training.interrupt import stop_on_signals
@@ -151,7 +151,7 @@ def _demonstrations(
             fingerprint `recorded`.
     """
     from robopolicy.app import run_config
-    from robopolicy.data.maniskill import load_demonstrations
+    from robopolicy.data import load_demonstrations
     from robopolicy.errors import DataError
     from robopolicy.training import runs
 
@@ -163,9 +163,10 @@ def _demonstrations(
         raise DataError(f"There are no demonstrations at {path}.{hint}")
     fingerprint = runs.require_same_data(path, recorded, run_dir)
     store = load_demonstrations(path, spec=None, num_episodes=cfg["data"]["num_episodes"])
-    for key, found in {"name": store.spec.name, "control_mode": store.spec.action.control_mode}.items():
-        if found != task[key]:
-            raise DataError(f"{path} holds demonstrations with {key}={found}, the run has task.{key}={task[key]}.")
+    found = {"task": store.spec.name, "task.control_mode": store.spec.action.control_mode}
+    for (key, there), wanted in zip(found.items(), (task["name"], task["control_mode"]), strict=True):
+        if there != wanted:
+            raise DataError(f"{path} holds demonstrations of {key}={there}; this run is for {key}={wanted}.")
     train, held_out = _split(store, settings.val_fraction)
     about = {
         "path": str(path),
