@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from robopolicy.app import cli as app
 from robopolicy.app import composing, run_config
 from robopolicy.errors import RobopolicyError
 
+ROOT = Path(__file__).parents[1]
 Cli = Callable[..., Finished]
 
 EXAMPLES = [
@@ -65,12 +67,29 @@ def test_verb_help_has_three_examples_and_the_whole_config(verb: str, cli: Cli) 
         assert line in shown.out
 
 
+def compose_as_typed(command: str) -> str | None:
+    """Compose what `command` asks for and return its verb; of a sweep, only its first job."""
+    call = app.parse(shlex.split(command, comments=True)[1:])
+    if call.verb is not None and not call.help:
+        overrides = [word.partition(",")[0] if call.multirun else word for word in call.overrides]
+        composing.require_complete(call.verb, composing.compose(call.verb, overrides))
+    return call.verb
+
+
 @pytest.mark.parametrize(("verb", "command"), EXAMPLES)
 def test_examples_compose(verb: str, command: str) -> None:
-    call = app.parse(shlex.split(command)[1:])
-    assert call.verb == verb
-    overrides = [word.partition(",")[0] if call.multirun else word for word in call.overrides]
-    composing.require_complete(verb, composing.compose(verb, overrides))
+    assert compose_as_typed(command) == verb
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
+def test_commands_in_the_documentation_work(page: Path) -> None:
+    blocks = re.findall(r"^```(?:bash|sh|console|text)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    for line in (line.strip().removeprefix("$ ") for line in lines):
+        if line.startswith("robopolicy ") and not re.search(r"[<>]|\.\.\.|--completion", line):
+            compose_as_typed(line)
+        elif line.startswith("./scripts/"):
+            assert (ROOT / line.split()[0]).is_file(), line
 
 
 @pytest.mark.parametrize(
