@@ -50,7 +50,7 @@ class Vulkan:
     loader: str | None
     """The loader library: the system's, or the one inside SAPIEN's wheel."""
     chosen_by: Literal["user", "system", "sapien", "swiftshader", "nobody"]
-    """Whose entry names the driver: the user's variable, the system's folders, SAPIEN's own entry for NVIDIA, Chromium."""
+    """Whose entry names the driver: the user's variable, the system's, SAPIEN's for NVIDIA, or Chromium's."""
     devices: tuple[VulkanDevice, ...] = ()
 
     @property
