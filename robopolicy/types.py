@@ -151,7 +151,9 @@ class Environment(Protocol):
     spec: Any
     task_spec: TaskSpec
     num_envs: int
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device: ...
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None

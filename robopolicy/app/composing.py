@@ -52,7 +52,7 @@ def compose(verb: str, overrides: Sequence[str], *, config_dir: str | None = Non
         choices = [word for word in overrides if _key(word).split("@")[0] in cli.groups()]
         defaults = hydra.compose(verb, [*extra, *choices])
     HydraConfig.instance().set_config(full)  # as in a sweep, so that a verb can ask which choices were made
-    cfg = OmegaConf.masked_copy(full, [key for key in full if key != "hydra"])
+    cfg = OmegaConf.masked_copy(full, [str(key) for key in full if key != "hydra"])
     OmegaConf.set_struct(cfg, True)
     _check_numbers(defaults, cfg)
     return cfg
