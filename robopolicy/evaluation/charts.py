@@ -27,7 +27,7 @@ def loss_chart(train: Curve, val: Curve | None) -> str:
     steps, loss = (np.asarray(side, float) for side in train)
     keep = np.isfinite(loss) & (loss > 0)
     steps, loss = _thinned(steps[keep], loss[keep])
-    raw = len(loss) > 40
+    raw = len(loss) > 100
     if raw:
         axes.plot(steps, loss, color=BLUE, alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smoothed(loss) if raw else loss, color=BLUE, linewidth=1.6, label="training")
@@ -36,7 +36,7 @@ def loss_chart(train: Curve, val: Curve | None) -> str:
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"))
     low, high = axes.get_ylim()
     if high / low < 30:  # less than a decade or so: minor ticks are the only ones, so they need names
@@ -113,7 +113,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(x, cuts) / size, np.add.reduceat(y, cuts) / size
 
 
-def _smoothed(y: np.ndarray, *, share: float = 0.04) -> np.ndarray:
+def _smoothed(y: np.ndarray, *, share: float = 0.02) -> np.ndarray:
     """Return the exponential moving average of log(y) over `share` of the points, unbiased at the start."""
     keep = np.exp(-1 / max(1.0, share * len(y)))
     level, weight, out = 0.0, 0.0, np.empty_like(y)

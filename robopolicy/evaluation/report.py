@@ -29,6 +29,9 @@ from robopolicy.evaluation.results import Evaluation, read_evaluations
 MOST_VIDEO_BYTES = 30_000_000
 HIDDEN = frozenset({"_target_", "_partial_", "task_spec", "limits", "command"})
 
+TRAIN_KEYS = ("batch_size", "lr", "warmup_steps", "weight_decay", "betas", "ema_power", "mixed_precision", "seed")
+"""What the report names of the training settings; all of them stand in config.yaml, which it holds as well."""
+
 
 def render_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html and return its path.
@@ -237,7 +240,8 @@ def _training_facts(config: Mapping[str, Any], folder: Path, metrics: Mapping[st
             values = metrics[name][1]
             value = float(np.median(values)) if "per_s" in name else values[-1]
             train_facts.append((label, f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"))
-    train_facts += _facts(config.get("train") or {})
+    settings = config.get("train") or {}
+    train_facts += _facts(settings, TRAIN_KEYS) or _facts(settings)
     return [
         {"title": "Task", "facts": task_facts},
         {"title": "Demonstrations", "facts": _facts(config.get("data") or {}), "missing": "The checkpoint names none."},
@@ -257,23 +261,22 @@ def num_parameters(weights: Path) -> int | None:
         return None
 
 
-def _facts(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten nested settings to (name, value); long lists of numbers become ranges, absent values are left out."""
-    out: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        if key in HIDDEN or value is None:
-            if key == "_target_" and prefix:
-                out.append((prefix.rstrip(" "), str(value).rpartition(".")[2]))
-            continue
-        name = f"{prefix}{key.replace('_', ' ')}"
-        if isinstance(value, Mapping):
-            out += _facts(value, f"{name} ")
-        else:
-            out.append((name, _value(value)))
-    return out
+def _facts(tree: Mapping[str, Any], keys: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """Return settings as (name, value), one per top-level key; absent values are left out.
+
+    Args:
+        keys: which to show, in this order; all if None.
+    """
+    wanted = tree if keys is None else [key for key in keys if key in tree]
+    return [(key.replace("_", " "), _value(tree[key])) for key in wanted if key not in HIDDEN and tree[key] is not None]
 
 
 def _value(value: Any) -> str:
+    """Write a setting: a part of a policy as `Class: width 384, depth 3`, many whole numbers as ranges."""
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{name} {text}" for name, text in _facts(value))
+        name = str(value.get("_target_", "")).rpartition(".")[2]
+        return ": ".join(part for part in (name, inner) if part)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
