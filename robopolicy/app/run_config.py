@@ -74,9 +74,8 @@ def resumed(cfg: DictConfig, run_dir: Path, given: Sequence[str]) -> DictConfig:
 
 
 def save(cfg: Mapping[str, Any], run_dir: Path) -> None:
-    """Write `run_dir`/config.yaml unless it is there."""
-    if not (run_dir / "config.yaml").exists():
-        atomic.write_file(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(cfg))).encode())
+    """Write `run_dir`/config.yaml."""
+    atomic.write_file(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(cfg))).encode())
 
 
 def resume_command(cfg: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | int:
     from robopolicy.errors import RobopolicyError
     from robopolicy.training import runs
     from robopolicy.training.fit import make_accelerator, threads
+    from robopolicy.training.logging import require_loggers
     from robopolicy.training.settings import TrainSettings
 
     run_dir, resume = run_config.run_folder(cfg), bool(cfg.resume)
@@ -45,11 +46,13 @@ def run(cfg: DictConfig) -> dict[str, Any] | int:
         cfg = run_config.resumed(cfg, run_dir, run_config.overrides())
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain |= {"run": run_dir.name, "checkpoints_dir": str(run_dir.parent), "resume": False}
+    plain["logger"] = [plain["logger"]] if isinstance(plain["logger"], str) else plain["logger"] or []
     plain.setdefault("command", shlex.join(["robopolicy", "train", *run_config.overrides()]))
     try:
         settings = TrainSettings(**plain["train"])
     except (TypeError, ValueError) as error:
         raise RobopolicyError(str(error)) from error
+    require_loggers(plain["logger"])
     accelerator = make_accelerator(settings)
     if accelerator.is_main_process and not resume:
         runs.require_new(run_dir)
@@ -103,7 +106,8 @@ def _train(
             stop=stop,
         )
     if accelerator.is_main_process:
-        _say(cfg, settings, done, reports.loss, steps=done - earlier["step"], took_s=time.perf_counter() - began_s)
+        samples = (done - earlier["step"]) * settings.batch_size * settings.accumulate * accelerator.num_processes
+        _say(cfg, settings, done, reports.loss, samples=samples, took_s=time.perf_counter() - began_s)
     if stop():
         return stop.exit_code
     return {"run": str(run_dir), "checkpoint": str(run_dir / f"step_{done:08d}"), "step": done, "loss": reports.loss}
@@ -203,7 +207,7 @@ def _split(store: EpisodeStore, fraction: float) -> tuple[EpisodeStore, EpisodeS
     return store.first(kept), held_out
 
 
-def _say(cfg: dict[str, Any], settings: TrainSettings, done: int, loss: float, *, steps: int, took_s: float) -> None:
+def _say(cfg: dict[str, Any], settings: TrainSettings, done: int, loss: float, *, samples: int, took_s: float) -> None:
     """Print what was written and what to type next."""
     from robopolicy.app import run_config
 
@@ -212,10 +216,10 @@ def _say(cfg: dict[str, Any], settings: TrainSettings, done: int, loss: float, *
         print(f"Stopped and saved at step {done:,} of {settings.num_steps:,} in {run_dir}. To go on:")
         print(f"  {run_config.resume_command(cfg)}")
         return
-    if steps <= 0:
+    if samples <= 0:
         print(f"The run {run_dir} is complete: {done:,} steps.")
     else:
-        rate = steps * settings.batch_size * settings.accumulate / took_s
-        print(f"Trained {steps:,} steps in {took_s:.0f} s ({rate:,.0f} samples/s); last loss {loss:.4f}.")
+        rate = samples / took_s
+        print(f"Trained to step {done:,} in {took_s:.0f} s ({rate:,.0f} samples/s); last loss {loss:.4f}.")
         print(f"Wrote {run_dir / f'step_{done:08d}'} (policy), {run_dir / 'metrics.jsonl'}.")
     print(f"Next: {shlex.join(['robopolicy', 'eval', f'checkpoint={run_dir}'])}")

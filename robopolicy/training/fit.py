@@ -140,7 +140,7 @@ def _restore(
         wanted = info.get("num_processes")
         raise CheckpointError(
             f"{folder} was trained by {wanted} processes, this is {accelerator.num_processes}; go on with "
-            f"`accelerate launch --num_processes {wanted} -m robopolicy train resume=true ...`."
+            f"`torchrun --nproc_per_node {wanted} -m robopolicy train resume=true ...`."
         )
     try:
         policy.load_state_dict(dict(state.weights))

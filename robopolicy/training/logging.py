@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,7 +57,7 @@ def jsonl(run_dir: Path, *, start_step: int = 0, config: Mapping[str, Any] | Non
 @contextlib.contextmanager
 def wandb(run_dir: Path, *, start_step: int = 0, config: Mapping[str, Any] | None = None) -> Iterator[Log]:
     """Log to Weights & Biases under project `robopolicy`; offline unless WANDB_MODE says otherwise."""
-    module = _require("wandb", extra="wandb")
+    module = _require("wandb")
     run = module.init(
         project=os.environ.get("WANDB_PROJECT", "robopolicy"),
         name=run_dir.name,
@@ -76,7 +76,7 @@ def wandb(run_dir: Path, *, start_step: int = 0, config: Mapping[str, Any] | Non
 @contextlib.contextmanager
 def tensorboard(run_dir: Path, *, start_step: int = 0, config: Mapping[str, Any] | None = None) -> Iterator[Log]:
     """Log to `run_dir`/tensorboard; watch with `tensorboard --logdir checkpoints`."""
-    _require("tensorboard", extra="tensorboard")
+    _require("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
@@ -96,7 +96,7 @@ LOGGERS = {"jsonl": jsonl, "wandb": wandb, "tensorboard": tensorboard}
 
 @contextlib.contextmanager
 def open_logs(
-    names: list[str], run_dir: Path, *, start_step: int = 0, config: Mapping[str, Any] | None = None
+    names: Sequence[str], run_dir: Path, *, start_step: int = 0, config: Mapping[str, Any] | None = None
 ) -> Iterator[Log]:
     """Yield one function that logs to metrics.jsonl and to each of `names` (`wandb`, `tensorboard`).
 
@@ -105,9 +105,7 @@ def open_logs(
         MissingRequirementError: its package is not installed; says the command.
         TrainingError: while open, metrics.jsonl cannot be written.
     """
-    for name in names:
-        if name not in LOGGERS:
-            raise UnknownNameError("logger", name, LOGGERS)
+    require_loggers(names)
     with contextlib.ExitStack() as stack:
         chosen = dict.fromkeys(["jsonl", *names])
         logs = [stack.enter_context(LOGGERS[n](run_dir, start_step=start_step, config=config)) for n in chosen]
@@ -117,6 +115,15 @@ def open_logs(
                 one(step, metrics)
 
         yield log
+
+
+def require_loggers(names: Sequence[str]) -> None:
+    """Raise UnknownNameError or MissingRequirementError unless `names` can be logged to."""
+    for name in names:
+        if name not in LOGGERS:
+            raise UnknownNameError("logger", name, LOGGERS)
+        if name != "jsonl":
+            _require(name)
 
 
 class TrainingBar:
@@ -184,10 +191,10 @@ def _no_room(path: Path, error: OSError) -> TrainingError:
     )
 
 
-def _require(package: str, *, extra: str) -> ModuleType:
+def _require(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise MissingRequirementError(
-            f"logger={package} needs the package {package}: pip install 'robopolicy[{extra}]'"
+            f"logger={package} needs the package {package}: pip install 'robopolicy[{package}]'"
         ) from error

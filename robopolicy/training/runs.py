@@ -17,13 +17,17 @@ SAMPLES = 64
 
 
 def require_new(run_dir: Path) -> None:
-    """Raise CheckpointError if there is a run in `run_dir` already; says how to go on with it."""
-    if run_dir.exists() and any(run_dir.iterdir()):
-        last = (run_dir / "last").read_text().strip() if (run_dir / "last").exists() else "no checkpoint yet"
+    """Raise CheckpointError unless `run_dir` is free: absent, empty, or an attempt that saved no checkpoint."""
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return
+    if any(run_dir.glob("step_*")):
+        last = (run_dir / "last").read_text().strip() if (run_dir / "last").exists() else "unfinished"
         raise CheckpointError(
             f"The run {run_dir} exists ({last}). `resume=true run={run_dir.name}` goes on with it; another `run=` "
             "starts a new one."
         )
+    if not (run_dir / "config.yaml").exists():
+        raise CheckpointError(f"{run_dir} exists and is no run; choose another `run=`.")
 
 
 @contextlib.contextmanager
