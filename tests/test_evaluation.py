@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import shutil
 import subprocess
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -22,6 +25,7 @@ from robopolicy.evaluation.results import (
     replaced_folder,
     require_disjoint,
     require_free,
+    sha256,
     write_results,
 )
 from robopolicy.evaluation.rollout import EvalResult, Progress, actor_latency, evaluate
@@ -313,3 +317,81 @@ def test_real_episodes_depend_on_their_seeds_alone_and_replay_exactly(tmp_path):
         rewards = [float(env.step(action[None])[1]) for action in episode.actions]
         assert math.fsum(rewards) == episode.sum_reward
     env.close()
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A run folder with a small policy of push_cube whose weights are random."""
+    from omegaconf import OmegaConf
+
+    from robopolicy.app.build import build_policy
+    from robopolicy.app.cli import configs_folder
+    from robopolicy.envs import task_spec
+    from robopolicy.training import checkpoint
+
+    run = tmp_path_factory.mktemp("checkpoints") / "untrained"
+    config = OmegaConf.to_container(OmegaConf.load(configs_folder() / "policy" / "diffusion.yaml"))
+    config["network"] |= {"width": 16, "depth": 1}
+    torch.manual_seed(0)
+    policy = build_policy(config, task_spec("push_cube"))
+    for weights in policy.parameters():  # fresh networks end in zeros and would command nothing
+        torch.nn.init.normal_(weights, std=0.3)
+    policy.norm.fit({name: (-torch.ones(size), torch.ones(size)) for name, size in policy.norm.sizes.items()})
+    checkpoint.save(run, step=30, policy=policy, config={"policy": config, "data": {"seeds": [0, 1]}, "train": {}})
+    return run
+
+
+@pytest.mark.sim
+def test_eval_verb_repeats_itself_and_records_what_was_changed(cli, untrained):
+    ask = ("eval", f"checkpoint={untrained}", "n_episodes=3", "num_envs=2", "max_episode_steps=10", "--json")
+    first = cli(*ask)
+    assert first.code == 0, first.err
+    folder = untrained / "eval" / "step_00000030-n3-s10000-max_episode_steps_10"
+    assert json.loads(first.out)["folder"] == str(folder)
+    rows = (folder / "episodes.jsonl").read_text()
+    again = cli(*ask)
+    assert again.code == 0, again.err
+    assert "other outcome for 0 of its seeds" in again.err
+    assert (folder / "episodes.jsonl").read_text() == rows
+
+    changed = cli(*ask, "policy.sampler.num_inference_steps=2", "n_action_steps=4")
+    assert changed.code == 0, changed.err
+    folder = Path(json.loads(changed.out)["folder"])
+    assert (folder / "episodes.jsonl").read_text() != rows
+    info = read_evaluation(folder).info
+    assert info["settings"]["policy_overrides"] == {"sampler.num_inference_steps": 2}
+    assert info["settings"]["n_action_steps"] == 4
+    assert info["settings"]["seeds"] == [10000, 10001, 10002]
+    for word in ask[1:-1]:
+        assert word in info["command"]
+    assert "policy.sampler.num_inference_steps=2" in info["command"]
+    assert info["latency"]["batch_size"] == 2
+    assert info["latency_batch_1"]["batch_size"] == 1
+    assert info["checkpoint"]["weights_sha256"] == sha256(untrained / "step_00000030" / "model.safetensors")
+
+
+@pytest.mark.sim
+def test_eval_verb_refuses_what_would_mislead(cli, untrained, tmp_path):
+    refused = cli("eval", f"checkpoint={untrained}", "n_episodes=3", "seed=1")
+    assert refused.code == 2
+    assert "1 of the 3 evaluation seeds" in refused.err
+    for word, reason in (
+        ("n_episodes=0", "n_episodes must be at least 1"),
+        ("n_action_steps=40", r"n_action_steps must be in \[1, 15\]"),
+        ("device=gpu", "Unknown device 'gpu'"),
+        ("+policy.sampler.steps=3", "unexpected keyword argument 'steps'"),
+    ):
+        refused = cli("eval", f"checkpoint={untrained}", word)
+        assert refused.code == 2
+        assert re.search(reason, refused.err), refused.err
+    other = tmp_path / "other"
+    shutil.copytree(untrained, other, ignore=shutil.ignore_patterns("eval"))
+    file = other / "step_00000030" / "policy.json"
+    config = json.loads(file.read_text())
+    config["task_spec"]["action"]["control_dt_s"] = 0.1
+    file.write_text(json.dumps(config))
+    refused = cli("eval", f"checkpoint={other}", "n_episodes=1")
+    assert refused.code == 2
+    assert "does not fit task 'push_cube'" in refused.err
+    assert "action.control_dt_s: 0.1 against 0.05" in refused.err
+    assert not (other / "eval").exists()

@@ -297,6 +297,8 @@ def _threads(number: int | None) -> Iterator[None]:
 
 def _say(console: Console, info: Mapping[str, Any], folder: Path, earlier: Evaluation | None, now: Evaluation) -> None:
     """Print the result, where it is, and what to do next."""
+    from rich.markup import escape
+
     from robopolicy.evaluation.report import duration, milliseconds, percent
 
     top, time_s, at_1 = info["overall"], info["time"], info["latency_batch_1"]
@@ -326,5 +328,5 @@ def _say(console: Console, info: Mapping[str, Any], folder: Path, earlier: Evalu
     if info["video"] and not info["video"]["same_outcomes"]:
         console.print("[yellow]some replays in the film ended otherwise than the counted episodes")
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
-    console.print(f"wrote [bold]{folder}[/]: {names}")
-    console.print(f"next: robopolicy report run={folder.parent.parent}")
+    console.print(f"wrote [bold]{escape(str(folder))}[/]: {names}")
+    console.print(f"next: robopolicy report run={escape(str(folder.parent.parent))}")

@@ -17,6 +17,7 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Render the report of `cfg.run`."""
     from rich.console import Console
+    from rich.markup import escape
 
     from robopolicy.evaluation.report import render_report
     from robopolicy.evaluation.results import run_folder
@@ -24,7 +25,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     path = render_report(run_folder(checkpoint.resolve(cfg.run)))
     Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"wrote [bold]{path}[/] ({path.stat().st_size / 1e6:.1f} MB)"
+        f"wrote [bold]{escape(str(path))}[/] ({path.stat().st_size / 1e6:.1f} MB)"
     )
     if cfg.open:
         import webbrowser
