@@ -125,6 +125,7 @@ class BatchedCpuTask(_Task):
             self._initialize_episode(rows, options)
         else:
             self._initialize_rows(rows, seeds, options)
+        self.scene.renew(mask)
         self.scene.px.force_writing(mask)
         self.scene._gpu_apply_all()
         self.scene._gpu_fetch_all()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sapien
+import sapien.physx as physx
 import torch
 from mani_skill.envs.scene import ManiSkillScene
 from torch import Tensor
@@ -22,6 +23,25 @@ class BatchedScene(ManiSkillScene):
         super().__init__(list(sub_scenes), **settings)
         self.px = PhysxCpuBatch([scene.physx_system for scene in sub_scenes])
         self.gpu_sim_enabled = True
+
+    def renew(self, scenes: Tensor) -> None:
+        """Move everything in `scenes` [N] bool into fresh PhysX scenes, about 0.4 ms each.
+
+        A PhysX scene remembers: contact pairs keep their manifolds, and freed pair numbers come back in another order, which
+        changes the next episode in the last bits. In a fresh scene an episode depends on its first state alone.
+        """
+        for i in scenes.nonzero().flatten().tolist():
+            old = self.sub_scenes[i]
+            system = physx.PhysxCpuSystem()
+            system.timestep = self.px.timestep
+            new = sapien.Scene([system, old.render_system] if self.can_render() else [system])
+            entities = old.entities
+            for entity in entities:
+                old.remove_entity(entity)
+            for entity in entities:
+                new.add_entity(entity)
+            self.sub_scenes[i] = new
+            self.px.systems[i] = system
 
     def _gpu_apply_all(self) -> None:
         self.px.apply_state()
