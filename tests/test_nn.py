@@ -147,7 +147,7 @@ def test_encoder_without_networks_is_concatenation():
     spec = fake_spec()
     modalities = normalised(spec, 4, 2)
     out = ObservationEncoder(spec.observation, 2)(modalities)
-    assert torch.equal(out, torch.cat([modalities["proprio"].flatten(1), modalities["objects"].flatten(1)], dim=1))
+    assert torch.equal(out, torch.cat([modalities["proprio"], modalities["objects"]], dim=-1).flatten(1))
     only = ObservationEncoder(spec.observation, 2, use=["objects"])
     assert torch.equal(only(modalities), modalities["objects"].flatten(1))
 

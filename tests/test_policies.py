@@ -387,11 +387,10 @@ def test_interleaved_resets_give_the_actions_of_separate_rollouts():
     steps = 15
 
     def alone(env):
-        actor, generator = ChunkActor(policy, 1), seeded(env)
-        actions = []
+        generator, actions = seeded(env), []
         for t in range(steps):
-            if t in resets[env]:
-                actor.reset()
+            if t == 0 or t in resets[env]:
+                actor = ChunkActor(policy, 1)  # an episode of its own: nothing can be left over
             actions.append(actor(frame(spec, [100 * env + t]), generator=generator)[0])
         return torch.stack(actions)
 
@@ -423,18 +422,20 @@ def test_resets_with_a_real_policy_equal_separate_rollouts():
     policy = small_policy(spec)
     frames = [{n: v[:, 0] for n, v in fake_observation(spec, 2, 1, seeded(t)[0]).modalities.items()} for t in range(7)]
 
-    def rollout(rows):
+    def rollout(rows, new_actor_at=None):
         actor, generators = ChunkActor(policy, len(rows)), seeded(*rows)
         actions = []
         for t, now in enumerate(frames):
-            if t == 3 and 1 in rows:
+            if t == new_actor_at:
+                actor = ChunkActor(policy, len(rows))
+            elif t == 3 and len(rows) > 1:
                 actor.reset(torch.tensor([row == 1 for row in rows]))
             actions.append(actor({n: v[rows] for n, v in now.items()}, generator=generators))
         return torch.stack(actions)
 
     together = rollout([0, 1])
-    for row in (0, 1):
-        torch.testing.assert_close(rollout([row])[:, 0], together[:, row], rtol=0, atol=1e-5)
+    for row, new_actor_at in ((0, None), (1, 3)):
+        torch.testing.assert_close(rollout([row], new_actor_at)[:, 0], together[:, row], rtol=0, atol=1e-5)
 
 
 def test_discrete_dimensions_go_to_an_end_of_their_range():

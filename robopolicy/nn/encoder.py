@@ -57,13 +57,16 @@ class ObservationEncoder(nn.Module):
     def forward(self, modalities: Mapping[str, Tensor], *, generator: Rng = None) -> Tensor:
         """Return [B, out_dim] from normalised `modalities` [B, O, ...]; `generator` places crops in training."""
         parts = []
-        for name in self.states:
-            window = rearrange(modalities[name], "b o s -> b (o s)")
-            parts.append(self.state_nets[_key(name)](window) if self.state_nets else window)
+        if self.state_nets:
+            for name in self.states:
+                parts.append(self.state_nets[_key(name)](rearrange(modalities[name], "b o s -> b (o s)")))
+        elif self.states:
+            windows = torch.cat([modalities[name] for name in self.states], dim=-1)
+            parts.append(rearrange(windows, "b o s -> b (o s)"))
         for name in self.images:
             features = self.image_nets[_key(name)](modalities[name], generator=generator)
             parts.append(rearrange(features, "b o d -> b (o d)"))
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def _key(name: str) -> str:

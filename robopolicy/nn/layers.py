@@ -18,6 +18,9 @@ class SinusoidalEmbedding(nn.Module):
     Integer levels are read from a table; float levels are computed, so a time in [0, 1] should be scaled up first.
     """
 
+    frequencies: Tensor
+    table: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 4 or dim % 2:
@@ -31,10 +34,10 @@ class SinusoidalEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         if t.is_floating_point():
             return self._waves(t)
-        return F.embedding(t, self.get_buffer("table"))
+        return F.embedding(t, self.table)
 
     def _waves(self, t: Tensor) -> Tensor:
-        angle = t[:, None] * self.get_buffer("frequencies")
+        angle = t[:, None] * self.frequencies
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 

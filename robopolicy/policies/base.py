@@ -21,6 +21,9 @@ class Policy(nn.Module, abc.ABC):
     Training and evaluation mode (dropout, image crops) are the caller's to set.
     """
 
+    action_low: Tensor
+    action_high: Tensor
+
     def __init__(self, spec: TaskSpec, *, timing: ChunkTiming) -> None:
         super().__init__()
         self.spec = spec
@@ -44,7 +47,7 @@ class Policy(nn.Module, abc.ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.get_buffer("action_low").device
+        return self.action_low.device
 
     def normalized(self, obs: Observation) -> dict[str, Tensor]:
         """Return the modalities of `obs` that the task names, in network units.
@@ -58,7 +61,7 @@ class Policy(nn.Module, abc.ABC):
 
     def clip(self, action: Tensor) -> Tensor:
         """Return `action` [..., A] within the bounds of the controller; discrete dimensions stay continuous."""
-        return torch.clamp(action, self.get_buffer("action_low"), self.get_buffer("action_high"))
+        return torch.clamp(action, self.action_low, self.action_high)
 
     def require_fitted(self) -> None:
         """Raise RobopolicyError unless the normaliser knows its data."""

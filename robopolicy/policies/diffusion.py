@@ -47,6 +47,9 @@ class DiffusionPolicy(Policy):
     an end of their range by whoever executes them.
     """
 
+    signal: Tensor
+    sigma: Tensor
+
     def __init__(
         self,
         spec: TaskSpec,
@@ -85,8 +88,8 @@ class DiffusionPolicy(Policy):
         clean = self.norm.encode("action", batch.action)
         level = randint(self.schedule.num_train_timesteps, size, generator=generator, device=device)
         noise = randn(*clean.shape, generator=generator, device=device)
-        signal = rearrange(self.get_buffer("signal")[level], "b -> b 1 1")
-        sigma = rearrange(self.get_buffer("sigma")[level], "b -> b 1 1")
+        signal = rearrange(self.signal[level], "b -> b 1 1")
+        sigma = rearrange(self.sigma[level], "b -> b 1 1")
         output = self.network(torch.addcmul(sigma * noise, signal, clean), level, cond)
         wanted = target(self.prediction, clean, noise, signal, sigma)
         if self.loss_on_padding:
