@@ -25,13 +25,13 @@ def make_batched(env_id: str, num_envs: int, **gym_kwargs: Any) -> BaseEnv:
     """Return the ManiSkill environment `env_id` with `num_envs` environments on the CPU.
 
     It has the interface of ManiSkill's GPU environments: batched torch tensors, `reset(seed=[...])`, partial resets by
-    `options={"env_idx": ...}`. Environment `i` depends on its own seed and actions alone: not on N, its neighbours, threads.
+    `options={"env_idx": ...}`. Environment `i` depends on its own seed and actions alone, not on N, or on threads.
 
     Args:
         env_id: ManiSkill's name, `PickCube-v1` for example.
         num_envs: N.
-        gym_kwargs: what ManiSkill's environments take (`obs_mode`, `control_mode`, `render_mode`, `render_backend`, ...);
-            without `render_backend` nothing can be rendered and no graphics driver is needed.
+        gym_kwargs: what ManiSkill's environments take (`obs_mode`, `control_mode`, `render_mode`, ...); without
+            `render_backend` nothing can be rendered and no graphics driver is needed.
 
     Raises:
         UnknownNameError: no such environment.

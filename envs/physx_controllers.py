@@ -1,4 +1,4 @@
-"""ManiSkill's end-effector controllers for a batch on the CPU: the target pose and inverse kinematics of its CPU path."""
+"""ManiSkill's end-effector controllers for a batch on the CPU: target poses and inverse kinematics of its CPU path."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from . import physx_ik
-from .physx_kinematics import FIXED, PRISMATIC, REVOLUTE
 from robopolicy.errors import RobopolicyError
 
+from . import physx_ik
+from .physx_kinematics import FIXED, PRISMATIC, REVOLUTE
 from .physx_threads import worker_pool
 
 ROWS_PER_TASK = 4
@@ -70,8 +70,10 @@ def _relative_pose(base: NDArray[np.float32], link: NDArray[np.float32]) -> NDAr
 
 @numba.njit(cache=True, nogil=True)
 def _euler_matrices(cosine: NDArray[np.float32], sine: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return [N, 13]: the matrices (nine numbers) that turn about x, the new y, the new z; then four times the squares of
-    the quaternion's parts."""
+    """Return [N, 13]: the matrix (nine numbers) that turns about x, the new y, the new z, and the quaternion's squares.
+
+    The squares are of the four parts, times four.
+    """
     out = np.empty((cosine.shape[0], 13), np.float32)
     one = np.float32(1.0)
     for i in range(cosine.shape[0]):
@@ -178,29 +180,30 @@ class ChainSolver:
 
     def __init__(self, controller: Any) -> None:
         kinematics = controller.kinematics
-        joints = {j.find("child").get("link"): j for j in etree.parse(kinematics.urdf_path).getroot().iterfind("joint")}
+        joints = {_link(j, "child"): j for j in etree.parse(kinematics.urdf_path).getroot().iterfind("joint")}
         active = [joint.name for joint in controller.articulation.active_joints]
         fixed: list[NDArray[np.float64]] = []
         kinds: list[int] = []
         order: list[int] = []
-        name, path = kinematics.end_link.name, []
+        name = kinematics.end_link.name
+        path: list[etree.Element] = []
         while name in joints:
             path.insert(0, joints[name])
-            name = joints[name].find("parent").get("link")
+            name = _link(joints[name], "parent")
         pose, beyond = np.eye(4), np.eye(4)
         for joint in path:
             pose = pose @ _origin(joint)
-            kind = _URDF_TYPES[joint.get("type")]
+            kind = _URDF_TYPES[str(joint.get("type"))]
             if kind != FIXED:
                 turn = _x_axis_onto(joint)
                 fixed.append((pose @ turn)[:3])
                 kinds.append(kind)
-                order.append(active.index(joint.get("name")))
+                order.append(active.index(str(joint.get("name"))))
                 pose = turn.T
         # the last joint's link has the joint's own frame; what follows it is rigid
         beyond = turn @ pose
         fixed.append(turn.T[:3])
-        self._fixed, self._tail = np.array(fixed), np.linalg.inv(beyond)[:3]
+        self._fixed, self._tail = np.array(fixed), np.linalg.inv(beyond)[:3].astype(np.float64)
         self._kind, self._columns = np.array(kinds, np.int64), np.array(order, np.int64)
         self._controlled = controller.active_joint_indices.numpy()
         self._free = np.isin(self._columns, self._controlled)
@@ -238,6 +241,10 @@ _FRAMES = (
     "body_translation:body_aligned_body_rotation",
 )
 _URDF_TYPES = {"fixed": FIXED, "revolute": REVOLUTE, "continuous": REVOLUTE, "prismatic": PRISMATIC}
+
+
+def _link(joint: etree.Element, role: str) -> str:
+    return joint.find(role).get("link")  # type: ignore[union-attr, return-value]
 
 
 def _numbers(element: Any, name: str, default: str) -> NDArray[np.float64]:
@@ -303,5 +310,5 @@ def end_effector_at_base(self: Any) -> Pose:
 
 
 def sapien_poses(link: Any) -> NDArray[np.float32]:
-    """Return the poses [N, 7] of a ManiSkill link as SAPIEN tells them, equal to the last bit to the CPU simulation's."""
+    """Return the poses [N, 7] of a ManiSkill link as SAPIEN tells them: the CPU simulation's to the last bit."""
     return np.array([(*p.p, *p.q) for p in [body.entity_pose for body in link._objs]], np.float32)

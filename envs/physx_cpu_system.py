@@ -1,9 +1,9 @@
 """Many PhysX CPU scenes behind the surface of SAPIEN's PhysX GPU system.
 
 ManiSkill's batched code talks to `PhysxGpuSystem`: flat buffers for all bodies and articulations, `gpu_fetch_*` to fill
-them, `gpu_apply_*` to write them back, contact queries. `PhysxCpuBatch` offers the same names over one `PhysxCpuSystem` per
-environment. Reading costs one `pack()` per scene, which returns the state of all its bodies in one block of bytes; link
-poses and velocities follow from joint positions by compiled kinematics.
+them, `gpu_apply_*` to write them back, contact queries. `PhysxCpuBatch` offers the same names over one `PhysxCpuSystem`
+per environment. Reading costs one `pack()` per scene, which returns the state of all its bodies in one block of bytes;
+link poses follow from joint positions by compiled kinematics.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _ArticulationTable:
 
     def __init__(self, articulations: Sequence[Any], first_row: int) -> None:
         self.first_link = np.zeros(len(articulations) + 1, np.int64)
-        parent, kind, index, in_parent, child_inverse, center = [], [], [], [], [], []
+        parent, kind, index, in_parent, child_inverse = [], [], [], [], []
         for a, articulation in enumerate(articulations):
             links, base = articulation.links, int(self.first_link[a])
             active = list(articulation.active_joints)
@@ -60,14 +60,12 @@ class _ArticulationTable:
                 index.append(active.index(joint) if joint in active else -1)
                 in_parent.append(_vector(joint.pose_in_parent))
                 child_inverse.append(_vector(joint.pose_in_child.inv()))
-                center.append(link.cmass_local_pose.p)
             self.first_link[a + 1] = base + len(links)
         count = len(parent)
         self.parent, self.kind = np.array(parent, np.int64), np.array(kind, np.int64)
         self.q_index = np.array(index, np.int64)
         self.in_parent = np.array(in_parent, float).reshape(count, 7)
         self.child_inverse = np.array(child_inverse, float).reshape(count, 7)
-        self.mass_center = np.array(center, float).reshape(count, 3)
         self.row = first_row + np.arange(count, dtype=np.int64)
         self.root_row = self.row[self.first_link[:-1]]
         self.sign = np.ones(count)
@@ -165,7 +163,6 @@ class PhysxCpuBatch:
             for joints in self._joints
         ]
         self._forced = np.zeros(len(self.systems), bool)
-        self._velocities_stale = True
         rows = {body: i for i, body in enumerate(self._bodies)}
         for a, articulation in enumerate(self._articulations):
             for k, link in enumerate(articulation.links):
@@ -188,7 +185,7 @@ class PhysxCpuBatch:
         self._take_target = np.where(inside, start + 2 * self._dof[:, None] + 2 * column, 0)
 
     def _calibrate(self) -> None:
-        """Find the sign of each link's quaternion, and make sure that packs and kinematics agree with SAPIEN's answers."""
+        """Find the sign of each link's quaternion, and make sure that packs and kinematics agree with SAPIEN."""
         for articulation in self._articulations:
             articulation.set_qpos(articulation.qpos)  # links stand at the origin until a joint is set
         self._read_packs()
@@ -223,12 +220,12 @@ class PhysxCpuBatch:
         self._packs = np.frombuffer(b"".join([system.pack() for system in self.systems]), np.float32)
         if len(self._packs) != self._pack_size:
             raise RuntimeError(
-                f"The scenes hold {len(self._packs)} numbers where {self._pack_size} were expected: bodies were added or "
-                "removed after the simulation was set up, or SAPIEN's pack() has changed."
+                f"The scenes hold {len(self._packs)} numbers where {self._pack_size} were expected: bodies were added "
+                "or removed after the simulation was set up, or SAPIEN's pack() has changed."
             )
 
     def fetch(self) -> None:
-        """Read the state of all scenes into the buffers; velocities of links wait until someone asks."""
+        """Read the state of all scenes into the buffers; for velocities of links see `body_data`."""
         self._read_packs()
         packs, table, body = self._packs, self._table, self._body
         np.take(packs, self._take_body, out=body[: len(self._bodies)])
@@ -244,21 +241,19 @@ class PhysxCpuBatch:
                 table.first_link, table.parent, table.kind, table.q_index, table.in_parent, table.child_inverse,
                 table.sign, root[:, :7], self._qpos, table.row, body,
             )  # fmt: skip
-        self._velocities_stale = True
         for name, seen in self._seen.items():
             np.copyto(seen, getattr(self, name))
 
-    def bodies_with_velocities(self) -> Tensor:
-        """Return `cuda_rigid_body_data` [bodies, 13] with the velocities of links filled in too."""
-        if self._velocities_stale and self._articulations:
-            table = self._table
-            kinematics.link_velocities(
-                table.first_link, table.parent, table.kind, table.q_index, table.child_inverse, table.mass_center,
-                self._seen["_qvel"], table.row, self._seen["_body"],
-            )  # fmt: skip
-            inner = table.row[table.parent >= 0]
-            self._body[inner, 7:] = self._seen["_body"][inner, 7:]
-        self._velocities_stale = False
+    def body_data(self, bodies: Sequence[Any]) -> Tensor:
+        """Return `cuda_rigid_body_data` [bodies, 13], with the velocities of `bodies` filled in.
+
+        Those of actors and of root links are always there; other links are asked one by one, when somebody wants them.
+        """
+        for body in bodies:
+            if isinstance(body, physx.PhysxArticulationLinkComponent) and not body.is_root:
+                row = self._row_of_body[body]
+                self._body[row, 7:10], self._body[row, 10:] = body.linear_velocity, body.angular_velocity
+                self._seen["_body"][row, 7:] = self._body[row, 7:]
         return self.cuda_rigid_body_data.torch()
 
     def gpu_fetch_rigid_dynamic_data(self) -> None:
@@ -290,7 +285,7 @@ class PhysxCpuBatch:
 
     # ---- writing -----------------------------------------------------------------------------------------------------
     def force_writing(self, scenes: Tensor) -> None:
-        """Make the next `apply_state` write everything of `scenes` [N] bool, changed or not, and forget their contacts."""
+        """Make the next `apply_state` write all of `scenes` [N] bool, changed or not, and forget their contacts."""
         self._forced |= scenes.numpy()
         self._contacts.forget(self._forced)
 

@@ -25,14 +25,10 @@ from .rendering import inert_materials
 if TYPE_CHECKING:
     from mani_skill.envs.utils.system.backend import BackendInfo
 
-    _Task = BaseEnv
-else:
-    _Task = object
-
 BACKEND = "physx_cpu_batched"
 
 
-class BatchedCpuTask(_Task):
+class BatchedCpuTask(BaseEnv):
     """Mixed in before a ManiSkill task; replaces how it makes scenes, resets, steps and closes."""
 
     _closed = False
@@ -91,10 +87,10 @@ class BatchedCpuTask(_Task):
         seeds = self._seed_rows(seed, rows, draw=reconfigure or self._enhanced_determinism)
         if reconfigure:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._episode_seed[0])
+                torch.manual_seed(self._episode_seed[0])  # type: ignore[has-type]
                 self._reconfigure(options)
                 self._after_reconfigure(options)
-            self._batched_episode_rng = BatchedRNG.from_seeds(self._episode_seed, backend=self._batched_rng_backend)
+            self._batched_episode_rng = BatchedRNG.from_seeds(self._episode_seed, backend=self._batched_rng_backend)  # type: ignore[has-type]
             self._episode_rng = self._batched_episode_rng[0]
         if self.reconfiguration_freq != 0 and not partial:
             self._reconfig_counter -= 1
@@ -159,7 +155,7 @@ class BatchedCpuTask(_Task):
             articulation.set_root_angular_velocity(torch.zeros(3))
 
     def _seed_rows(self, seed: int | Sequence[int] | None, rows: Tensor, *, draw: bool) -> list[int] | None:
-        """Set the random numbers of `rows` from `seed`, or from ManiSkill's main stream if `draw`; return their seeds."""
+        """Seed the random numbers of `rows` by `seed`, or from ManiSkill's main stream if `draw`; return the seeds."""
         index = rows.numpy()
         if seed is None:
             if not draw:
@@ -170,7 +166,7 @@ class BatchedCpuTask(_Task):
             seeds = self._as_seeds(seed, len(rows))
             if len(rows) == self.num_envs:
                 self._set_main_rng(seeds)
-        if self._batched_episode_rng is None or self._episode_seed is None:
+        if self._batched_episode_rng is None or self._episode_seed is None:  # type: ignore[has-type]
             self._episode_seed = np.zeros(self.num_envs, np.int64)
             self._batched_episode_rng = BatchedRNG.from_seeds(self._episode_seed, backend=self._batched_rng_backend)
         self._episode_seed[index] = seeds

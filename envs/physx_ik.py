@@ -21,7 +21,7 @@ SMALL_ANGLE = float(np.finfo(np.float64).eps ** 0.25)
 
 @numba.njit(cache=True, nogil=True)
 def _chain(fixed: Floats, kind: NDArray[np.int64], q: Floats, axes: Floats, points: Floats, frame: Floats) -> None:
-    """Run along the chain: joint axes and origins [n, 3] in the base frame, and `frame` [3, 4] of the last joint's link.
+    """Run along the chain: joint axes and origins [n, 3] in the base frame, `frame` [3, 4] of the last joint's link.
 
     `fixed` [n + 1, 3, 4]: from the previous joint's moved frame to the next joint's; the last leads to the link.
     """
@@ -143,7 +143,7 @@ def _relative(frame: Floats, goal: Floats, out: Floats) -> None:
 def _jacobian(
     kind: NDArray[np.int64], axes: Floats, points: Floats, frame: Floats, turn: Floats, mix: Floats, jac: Floats
 ) -> None:
-    """Write how the logarithm of the error changes with each joint, [6, n]: [[turn, mix], [0, turn]] times the Jacobian."""
+    """Write how the error's logarithm changes with each joint, [6, n]: [[turn, mix], [0, turn]] times the Jacobian."""
     for k in range(kind.shape[0]):
         ax, ay, az = axes[k, 0], axes[k, 1], axes[k, 2]
         if kind[k] == PRISMATIC:
@@ -201,8 +201,8 @@ def solve(
 ) -> NDArray[np.bool_]:
     """Write joint positions [N, n] that bring the last joint's link to `goal` [N, 3, 4], from `start` [N, n].
 
-    Returns [N] bool, false where the tolerance was not reached (then `out` is the best seen). `free` [n]: joints that may
-    move.
+    Returns [N] bool, false where the tolerance was not reached (then `out` is the best seen). `free` [n]: joints that
+    may move.
     """
     count, n = start.shape
     success = np.zeros(count, np.bool_)

@@ -1,7 +1,7 @@
-"""Kinematics of many articulations at once, compiled: link poses, link velocities, and closed-loop inverse kinematics.
+"""Poses of the links of many articulations at once, compiled.
 
-Every row is computed by scalar float64 arithmetic that never looks at another row, so the result for one environment does
-not depend on how many there are. Poses are [x, y, z, qw, qx, qy, qz] as in ManiSkill.
+Every row is computed by scalar float64 arithmetic that never looks at another row, so the result for one environment
+does not depend on how many there are. Poses are [x, y, z, qw, qx, qy, qz] as in ManiSkill.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def forward_kinematics(
 ) -> None:
     """Write the pose of every link into `out[body_row[link], :7]`.
 
-    A links of articulation `a` are `first_link[a]:first_link[a + 1]`, parents before children; `parent` is a position in
-    that list or -1; `in_parent` and `child_inverse` [L, 7] are the joint frame seen from the parent link and the link seen
-    from the joint frame, whose x axis is the joint's. `root_pose` [A, 7], `qpos` [A, D].
+    The links of articulation `a` are `first_link[a]:first_link[a + 1]`, parents before children; `parent` is a position
+    in the list of all links or -1; `in_parent` and `child_inverse` [L, 7] are the joint frame seen from the parent link
+    and the link seen from the joint frame, whose x axis is the joint's. `root_pose` [A, 7], `qpos` [A, D].
     """
     pose = np.empty((parent.shape[0], 7))
     for a in range(first_link.shape[0] - 1):
@@ -102,61 +102,3 @@ def _place_link(
     pose[link, 0], pose[link, 1], pose[link, 2] = px + d[0], py + d[1], pz + d[2]
     for k in range(4):
         pose[link, 3 + k] = rot[k] * scale
-
-
-@numba.njit(cache=True, nogil=True)
-def link_velocities(
-    first_link: NDArray[np.int64],
-    parent: NDArray[np.int64],
-    kind: NDArray[np.int64],
-    q_index: NDArray[np.int64],
-    child_inverse: Floats,
-    mass_center: Floats,
-    qvel: NDArray[np.float32],
-    body_row: NDArray[np.int64],
-    out: NDArray[np.float32],
-) -> None:
-    """Write linear (of the centre of mass) and angular velocity of every link into `out[body_row[link], 7:]`.
-
-    `out[:, :7]` must hold the poses of all links, `out[:, 7:]` the velocities of the roots, which are left alone;
-    `mass_center` [L, 3] in the link's frame.
-    """
-    origin = np.empty((parent.shape[0], 3))
-    for a in range(first_link.shape[0] - 1):
-        for link in range(first_link[a], first_link[a + 1]):
-            row, up = body_row[link], parent[link]
-            q = (np.float64(out[row, 3]), np.float64(out[row, 4]), np.float64(out[row, 5]), np.float64(out[row, 6]))
-            c = _rotate(q, (mass_center[link, 0], mass_center[link, 1], mass_center[link, 2]))
-            if up < 0:
-                wx, wy, wz = np.float64(out[row, 10]), np.float64(out[row, 11]), np.float64(out[row, 12])
-                origin[link, 0] = out[row, 7] - (wy * c[2] - wz * c[1])
-                origin[link, 1] = out[row, 8] - (wz * c[0] - wx * c[2])
-                origin[link, 2] = out[row, 9] - (wx * c[1] - wy * c[0])
-            else:
-                above = body_row[up]
-                wx, wy, wz = np.float64(out[above, 10]), np.float64(out[above, 11]), np.float64(out[above, 12])
-                rx = np.float64(out[row, 0]) - out[above, 0]
-                ry = np.float64(out[row, 1]) - out[above, 1]
-                rz = np.float64(out[row, 2]) - out[above, 2]
-                vx = origin[up, 0] + wy * rz - wz * ry
-                vy = origin[up, 1] + wz * rx - wx * rz
-                vz = origin[up, 2] + wx * ry - wy * rx
-                if kind[link] != FIXED:
-                    f = child_inverse[link]
-                    # the joint's frame seen from the link: the x axis is the motion's
-                    axis = _rotate(q, _rotate((f[3], -f[4], -f[5], -f[6]), (1.0, 0.0, 0.0)))
-                    rate = np.float64(qvel[a, q_index[link]])
-                    if kind[link] == PRISMATIC:
-                        vx, vy, vz = vx + axis[0] * rate, vy + axis[1] * rate, vz + axis[2] * rate
-                    else:
-                        # the joint's origin stands still; the link's origin lies off the axis by `arm`
-                        back = _rotate((f[3], -f[4], -f[5], -f[6]), (f[0], f[1], f[2]))
-                        arm = _rotate(q, back)
-                        wx, wy, wz = wx + axis[0] * rate, wy + axis[1] * rate, wz + axis[2] * rate
-                        vx += rate * (axis[1] * arm[2] - axis[2] * arm[1])
-                        vy += rate * (axis[2] * arm[0] - axis[0] * arm[2])
-                        vz += rate * (axis[0] * arm[1] - axis[1] * arm[0])
-                origin[link, 0], origin[link, 1], origin[link, 2] = vx, vy, vz
-                out[row, 7], out[row, 8] = vx + wy * c[2] - wz * c[1], vy + wz * c[0] - wx * c[2]
-                out[row, 9] = vz + wx * c[1] - wy * c[0]
-                out[row, 10], out[row, 11], out[row, 12] = wx, wy, wz

@@ -1,8 +1,8 @@
 """The few places where ManiSkill itself has to know that its batched code may run on the CPU.
 
 Each patch leaves every other simulation alone: it looks whether the scene is a `BatchedScene` and otherwise calls the
-original. They are installed once, when the first batched environment is made, and only into the versions they were written
-for.
+original. They are installed once, when the first batched environment is made, and only into the versions they were
+written for.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def require_versions() -> None:
         found = version(package)
         if not _numbers(first) <= _numbers(found) < _numbers(after):
             raise MissingRequirementError(
-                f"The batched CPU simulation patches {package} and fits {first} <= version < {after}; {found} is installed. "
-                f"Install a fitting one with: pip install '{package}>={first},<{after}', or use backend 'single' or 'cuda'."
+                f"The batched CPU simulation patches {package} and fits {first} <= version < {after}; {found} is "
+                f"installed. Install a fitting one with: pip install '{package}>={first},<{after}', or use backend "
+                "'single' or 'cuda'."
             )
 
 
@@ -55,11 +56,11 @@ def install() -> None:
     _replace_cached(PhysxRigidBodyComponentStruct, "_body_data_index", lambda s: s.px.body_rows(s._bodies))
     _replace_cached(Articulation, "_data_index", lambda s: s.px.articulation_rows(s._objs))
     _replace_cached(ArticulationJoint, "_data_index", lambda s: s.px.articulation_rows(s._physx_articulations))
-    # Velocities of links are computed only if somebody reads them, which ManiSkill does through this property. (It also
+    # Velocities of links are read only if somebody reads them, which ManiSkill does through this property. (It also
     # stores the buffer's name at construction, and only for objects on a PhysxGpuSystem.)
-    _replace_property(PhysxRigidBodyComponentStruct, "_body_data", lambda s: s.px.bodies_with_velocities())
-    # Poses without ManiSkill's conversions, the same numbers in a third of the time; hidden actors keep their pose, since
-    # they are hidden by visibility.
+    _replace_property(PhysxRigidBodyComponentStruct, "_body_data", lambda s: s.px.body_data(s._bodies))
+    # Poses without ManiSkill's conversions, the same numbers in a third of the time; hidden actors keep their pose,
+    # since they are hidden by visibility.
     _replace_property(Link, "pose", _body_pose)
     _replace_property(Actor, "pose", _actor_pose, _set_actor_pose)
     # The GPU simulation hides an actor by moving it away; scenes on the CPU have real visibility.

@@ -27,8 +27,8 @@ class BatchedScene(ManiSkillScene):
     def renew(self, scenes: Tensor) -> None:
         """Move everything in `scenes` [N] bool into fresh PhysX scenes, about 0.4 ms each.
 
-        A PhysX scene remembers: contact pairs keep their manifolds, and freed pair numbers come back in another order, which
-        changes the next episode in the last bits. In a fresh scene an episode depends on its first state alone.
+        A PhysX scene remembers: contact pairs keep their manifolds, and freed pair numbers come back in another order,
+        which changes the next episode in the last bits. In a fresh scene an episode depends on its first state alone.
         """
         for i in scenes.nonzero().flatten().tolist():
             old = self.sub_scenes[i]

@@ -28,7 +28,7 @@ from typing import IO, Any
 from robopolicy import __version__
 from robopolicy.errors import RobopolicyError, UnknownNameError
 
-VERBS = ("doctor", "collect", "train", "eval", "report")
+VERBS = ("doctor", "collect", "train", "eval", "bench", "report")
 """In the order in which a new user meets them; each is robopolicy/app/<verb>.py with configs/<verb>.yaml."""
 
 USER_ERROR = 2
