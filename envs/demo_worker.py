@@ -33,6 +33,9 @@ from .vector import building
 CLIP_TOLERANCE = 1e-5
 """Rounding by which an action may exceed its bounds; it is then set to the bound."""
 
+MOST_TIMES_LONGER = 3
+"""A playback that takes this many times the steps of its plan is stuck."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -99,19 +102,26 @@ class Demonstrator:
         """
         if self.file is None:
             start = Start(seed=key, reset_kwargs={"seed": key, "options": {}})
-            return self.play(start, self._plan(start))
+            return self._play_gently(start, self._plan(start))
         start, actions = self._read_source(key)
         if self.planner.control_mode == self.recipe.control_mode:
-            return self.play(start, actions)
-        return self.play(start, self._trace(start, actions))
+            return self.play(start, actions, self.recipe.shortening)
+        return self._play_gently(start, self._trace(start, actions))
 
-    def play(self, start: Start, motion: Plan | np.ndarray) -> Episode:
+    def _play_gently(self, start: Start, plan: Plan) -> Episode:
+        """Play `plan` with the first level of shortening that succeeds; the last one's reason is raised."""
+        *faster, last = self.recipe.shortening.levels()
+        for options in faster:
+            with contextlib.suppress(Rejected):
+                return self.play(start, plan, options)
+        return self.play(start, plan, last)
+
+    def play(self, start: Start, motion: Plan | np.ndarray, options: Shortening) -> Episode:
         """Execute `motion` (a plan, or actions [T, A] as they are) from `start` and return what was seen.
 
         Raises:
             Rejected: no lasting success, or an action that is not finite or out of range.
         """
-        options = self.recipe.shortening
         obs = self._reset(start)
         observations, states = [_to_numpy(obs)], [_to_numpy(self.env.get_state_dict())]
         actions: list[np.ndarray] = []
@@ -204,12 +214,14 @@ class _Commands:
         self._player = PlanPlayer(motion, ArmCommand(env), shortening) if isinstance(motion, Plan) else None
         self._actions = iter(motion) if not isinstance(motion, Plan) else iter(())
         self._left = shortening.extra_steps if isinstance(motion, Plan) else len(motion)
+        self._most = MOST_TIMES_LONGER * len(motion) + shortening.extra_steps
 
     @property
     def exhausted(self) -> bool:
-        return self._left == 0
+        return self._left == 0 or self._most == 0
 
     def next(self) -> np.ndarray:
+        self._most -= 1
         if self._player is None:
             self._left -= 1
             return np.asarray(next(self._actions))

@@ -55,6 +55,7 @@ def collect(
     out_dir: str | os.PathLike[str] = "demos",
     control_mode: str | None = None,
     obs_mode: str = "state",
+    max_episode_steps: int | None = None,
     num_workers: int | None = None,
     seed: int = 0,
     shortening: Shortening | None = None,
@@ -70,6 +71,7 @@ def collect(
     Args:
         control_mode: None for the task's default.
         obs_mode: `state` or `rgb`.
+        max_episode_steps: written into the task's description; None for the task's default.
         num_workers: processes; None for one per core.
         seed: of the first attempt; attempts use `seed`, `seed + 1`, ...
         shortening: how plans are played back.
@@ -86,7 +88,7 @@ def collect(
     row, shortening = find_task(task), shortening or Shortening()
     if source is None:
         require_solver(task)
-    spec = task_spec(task, control_mode=control_mode, obs_mode=obs_mode)
+    spec = task_spec(task, control_mode=control_mode, obs_mode=obs_mode, max_episode_steps=max_episode_steps)
     mode = spec.action.control_mode
     total, env_kwargs = None, {}
     if source is not None:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from transforms3d.euler import mat2euler
-from transforms3d.quaternions import quat2mat
+from scipy.spatial.transform import Rotation
 
 from robopolicy.errors import RobopolicyError, UnknownNameError
 
@@ -29,16 +28,16 @@ SEARCH_STEP = 0.25
 """Resolution, in plan steps, of the search for the furthest admissible point."""
 MOST_SETTLING_STEPS = 10
 """A tool that has not settled by then (it pushes against something) no longer delays the plan."""
-FINGERS_REST_MPS = 0.01
-"""Finger speed below which the gripper has finished opening or closing."""
+FINGERS_REST_M = 5e-4
+"""Fingers that move less than this in a control step have finished; their velocity is no measure, it trembles."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shortening:
     """How a slow plan becomes a short demonstration.
 
-    Median steps of PickCube, PushCube and StackCube in `pd_ee_delta_pos`, all attempts kept: 74, 65, 107 with the
-    solver's timing (speed 1), 45, 39, 61 with speed 2, and 30, 25, 34 with the defaults.
+    Median steps of PickCube, PushCube and StackCube in `pd_ee_delta_pos`, with every plan that works kept: 74, 65, 107
+    with the solver's timing (speed 1), 45, 39, 61 with speed 2, and 28, 22, 30 with the defaults.
     """
 
     speed: float = 10.0
@@ -53,6 +52,15 @@ class Shortening:
     """Steps that follow the first success, standing still; success must last through all of them."""
     extra_steps: int = 15
     """Steps allowed after the end of the plan to reach success."""
+    gentler_on_failure: bool = True
+    """A motion that fails is tried again at twice the solver's speed, then at its own (fine insertions need it)."""
+
+    def levels(self) -> tuple[Shortening, ...]:
+        """Return the settings to try, in order."""
+        if not self.gentler_on_failure:
+            return (self,)
+        twice = replace(self, speed=min(self.speed, 2.0), max_action=1.0, settle_m=min(self.settle_m, 0.003))
+        return self, twice, replace(twice, speed=1.0, skip_idle=False)
 
     def __post_init__(self) -> None:
         if not self.speed >= 1 or not 0 < self.max_action <= 1 or self.settle_m <= 0:
@@ -93,28 +101,27 @@ class ArmCommand:
             return value
         return (value - (self.high + self.low) / 2) / ((self.high - self.low) / 2)
 
-    def pose(self, qpos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return position [3] and rotation [3, 3] of the controlled link in the robot's base, for arm joints `qpos`."""
+    def pose(self, qpos: np.ndarray) -> tuple[np.ndarray, Rotation]:
+        """Return position [3], m, and rotation of the controlled link in the robot's base, for arm joints `qpos`."""
         full = np.asarray(self.robot.get_qpos()[0].cpu(), dtype=np.float64)
         full[self.joints] = qpos
         self._model.compute_forward_kinematics(full)
         pose = self._model.get_link_pose(int(self._ee.index[0]))
-        return np.asarray(pose.p, dtype=np.float64), quat2mat(pose.q)
+        return np.asarray(pose.p, dtype=np.float64), _rotation(pose.q)
 
     def now(self) -> np.ndarray:
         """Return the measured arm joints [J]."""
         return np.asarray(self.robot.get_qpos()[0].cpu(), dtype=np.float64)[self.joints]
 
-    def fingers_rest(self) -> bool:
-        """Whether all joints that the arm controller does not drive (the fingers) stand still."""
-        speed = np.abs(np.asarray(self.robot.get_qvel()[0].cpu()))
-        return bool(np.delete(speed, self.joints).max(initial=0.0) < FINGERS_REST_MPS)
+    def fingers(self) -> np.ndarray:
+        """Return the measured joints that the arm controller does not drive, m."""
+        return np.delete(np.asarray(self.robot.get_qpos()[0].cpu(), dtype=np.float64), self.joints)
 
-    def start_pose(self) -> tuple[np.ndarray, np.ndarray]:
+    def start_pose(self) -> tuple[np.ndarray, Rotation]:
         """Return the pose to which the controller adds increments: measured, or its last target."""
         if self.arm.config.use_target:
             raw = np.asarray(self.arm._target_pose.raw_pose[0].cpu(), dtype=np.float64)
-            return raw[:3], quat2mat(raw[3:])
+            return raw[:3], _rotation(raw[3:])
         return self.pose(self.now())
 
     def within(self, action: np.ndarray, limit: float) -> bool:
@@ -124,6 +131,10 @@ class ArmCommand:
         if "pose" in self.mode:  # rotations are clipped by their norm
             return bool(np.abs(action[:3]).max() <= limit and np.linalg.norm(action[3:]) <= limit)
         return bool(np.abs(action).max() <= limit)
+
+
+def _rotation(wxyz: np.ndarray) -> Rotation:
+    return Rotation.from_quat(np.asarray(wxyz, dtype=np.float64)[[1, 2, 3, 0]])
 
 
 def _absolute_joints(command: ArmCommand, qpos: np.ndarray) -> np.ndarray:
@@ -142,14 +153,14 @@ def _tool_increment(command: ArmCommand, qpos: np.ndarray) -> np.ndarray:
 
 def _tool_pose_increment(command: ArmCommand, qpos: np.ndarray) -> np.ndarray:
     (target_p, target_r), (start_p, start_r) = command.pose(qpos), command.start_pose()
-    angles = np.array(mat2euler(target_r @ start_r.T, "rxyz"))
+    angles = (target_r * start_r.inv()).as_euler("XYZ")
     move = (target_p - start_p - (command.high[:3] + command.low[:3]) / 2) / ((command.high - command.low)[:3] / 2)
     return np.concatenate([move, angles / command.arm.config.rot_lower])  # rot_lower: ManiSkill scales rotations by it
 
 
 def _tool_pose(command: ArmCommand, qpos: np.ndarray) -> np.ndarray:
     position, rotation = command.pose(qpos)
-    return np.concatenate([position, mat2euler(rotation, "rxyz")])
+    return np.concatenate([position, rotation.as_euler("XYZ")])
 
 
 ENCODERS: dict[str, Callable[[ArmCommand, np.ndarray], np.ndarray]] = {
@@ -179,14 +190,19 @@ class Segment:
 
 
 def split(plan: Plan) -> list[Segment]:
-    """Cut `plan` where the arm stands still for the gripper; a robot without a gripper never waits."""
+    """Cut `plan` where the gripper's command changes and where the arm begins or ends to wait for it.
+
+    A robot without a gripper never waits.
+    """
     if plan.gripper.shape[1] == 0:
         return [Segment(0, len(plan) - 1, False)]
     still = np.abs(np.diff(plan.qpos, axis=0)).max(axis=1) < STILL_RAD
     waits = np.zeros(len(plan), dtype=bool)
     waits[1:] |= still
     waits[:-1] |= still
-    edges = [0, *(np.flatnonzero(np.diff(waits.astype(int))) + 1), len(plan)]
+    changes = np.diff(waits.astype(int)) != 0
+    changes |= np.abs(np.diff(plan.gripper, axis=0)).max(axis=1) > 0
+    edges = [0, *(np.flatnonzero(changes) + 1), len(plan)]
     return [Segment(int(a), int(b) - 1, bool(waits[a])) for a, b in itertools.pairwise(edges)]
 
 
@@ -196,9 +212,11 @@ class PlanPlayer:
     def __init__(self, plan: Plan, command: ArmCommand, shortening: Shortening) -> None:
         self.plan, self.command, self.options = plan, command, shortening
         self._segments = split(plan)
+        self._qpos = np.concatenate([command.now()[None], plan.qpos])  # point -1 of the plan is where the arm starts
         self._index = 0
         self._position = -1.0
         self._waited = 0
+        self._fingers, self._fingers_rest = command.fingers(), True
 
     @property
     def finished(self) -> bool:
@@ -210,6 +228,9 @@ class PlanPlayer:
         Raises:
             ActionOutOfRange: no motion towards the plan fits the controller's range.
         """
+        fingers = self.command.fingers()
+        self._fingers_rest = bool(np.abs(fingers - self._fingers).max(initial=0.0) < FINGERS_REST_M)
+        self._fingers = fingers
         if self._index < len(self._segments) - 1 and self._is_over(self._segments[self._index]):
             self._index, self._waited = self._index + 1, 0
             self._position = self._segments[self._index].first - 1.0
@@ -222,7 +243,8 @@ class PlanPlayer:
         arm = self.command(self._point(self._position))
         if not self.command.within(arm, 1.0):
             raise ActionOutOfRange(f"plan step {self._position:.1f} is beyond the range of {self.command.mode}")
-        return np.concatenate([arm, self.plan.gripper[int(self._position)]]).astype(np.float32)
+        gripper = self.plan.gripper[max(int(self._position), segment.first)]
+        return np.concatenate([arm, gripper]).astype(np.float32)
 
     def _is_over(self, segment: Segment) -> bool:
         if not segment.waits:
@@ -232,20 +254,20 @@ class PlanPlayer:
             return settled or self._waited > MOST_SETTLING_STEPS
         if self._position >= segment.last:
             return True
-        return self.options.skip_idle and self._waited >= 2 and self.command.fingers_rest()
+        return self.options.skip_idle and self._waited >= 2 and self._fingers_rest
 
     def _distance_m(self, qpos: np.ndarray) -> float:
         return float(np.linalg.norm(self.command.pose(qpos)[0] - self.command.pose(self.command.now())[0]))
 
     def _point(self, position: float) -> np.ndarray:
-        low = int(np.floor(position))
-        high = min(low + 1, len(self.plan) - 1)
-        return self.plan.qpos[low] + (position - low) * (self.plan.qpos[high] - self.plan.qpos[low])
+        low = int(np.floor(position)) + 1
+        high = min(low + 1, len(self.plan))
+        return self._qpos[low] + (position + 1 - low) * (self._qpos[high] - self._qpos[low])
 
     def _furthest(self, segment: Segment) -> float:
         """Return the position furthest along `segment` that `speed` and `max_action` admit, never a step back."""
-        best = max(self._position, float(segment.first))
-        last = min(max(self._position, segment.first - 1.0) + self.options.speed, float(segment.last))
+        best = self._position
+        last = min(best + self.options.speed, float(segment.last))
         while best < last:
             ahead = min(best + SEARCH_STEP, last)
             if not self.command.within(self.command(self._point(ahead)), self.options.max_action):

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ class EpisodeStore:
             if in_memory is None:
                 in_memory = sum(file.stat().st_size for file in files.values()) <= MEMORY_MAP_ABOVE
             # mode "c": writable pages of our own, so that torch accepts them; the files are never written to
-            mode = None if in_memory else "c"
+            mode: Literal["c"] | None = None if in_memory else "c"
             arrays = {
                 n: np.load(f, mmap_mode=None if n == "episodes" else mode, allow_pickle=False) for n, f in files.items()
             }
