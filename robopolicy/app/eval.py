@@ -30,6 +30,7 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
     ),
 )
 
+MOST_SEEDS_SHOWN = 20
 MOST_ENVS = {"cuda": 256, "cpu": 25, "single": 1}
 
 
@@ -319,8 +320,9 @@ def _say(console: Console, info: Mapping[str, Any], folder: Path, earlier: Evalu
         f"{duration(time_s['policy_s'])}, reset {duration(time_s['reset_s'])}; "
         f"{time_s['env_steps_per_s']:,.0f} steps/s"
     )
-    if info["failed_seeds"]:
-        console.print(f"failed seeds: {', '.join(map(str, info['failed_seeds']))}")
+    if failed := info["failed_seeds"]:
+        more = ", ..." if len(failed) > MOST_SEEDS_SHOWN else ""
+        console.print(f"failed seeds: {', '.join(map(str, failed[:MOST_SEEDS_SHOWN]))}{more}")
     if earlier is not None:
         old = {row["seed"]: row["success"] for row in earlier.rows}
         other = [row["seed"] for row in now.rows if old.get(row["seed"], row["success"]) != row["success"]]
