@@ -53,13 +53,13 @@ LENGTHS = st.lists(st.integers(1, 25), min_size=1, max_size=5)
 
 
 def naive_windows(
-    lengths: list[int], timing: ChunkTiming, padding: ActionPadding
+    lengths: list[int], timing: ChunkTiming, padding: ActionPadding, pad_after: int
 ) -> list[tuple[list[float], list[list[float]], list[bool]]]:
     """Return (observed frames, actions, padded) of every window, in the plainest way."""
     out = []
     begin = 0
     for length in lengths:
-        last = max(length - timing.horizon + timing.n_action_steps - 1, 0)
+        last = max(length - timing.horizon + pad_after, 0)
         for start in range(-(timing.n_obs_steps - 1), last + 1):
             steps = range(start, start + timing.horizon)
             values = [1.0 + begin + min(max(step, 0), length - 1) for step in steps]
@@ -74,12 +74,15 @@ def naive_windows(
 
 
 @settings(deadline=None, max_examples=60)
-@given(LENGTHS, timings(), st.sampled_from(["hold", "repeat"]))
-def test_windows_are_those_of_a_naive_loop(lengths: list[int], timing: ChunkTiming, padding: ActionPadding) -> None:
+@given(LENGTHS, timings(), st.sampled_from(["hold", "repeat"]), st.data())
+def test_windows_are_those_of_a_naive_loop(
+    lengths: list[int], timing: ChunkTiming, padding: ActionPadding, data: st.DataObject
+) -> None:
     store = made_store(lengths)
-    windows = find_windows(store.episode_ends, timing)
+    pad_after = data.draw(st.integers(0, timing.horizon - 1))
+    windows = find_windows(store.episode_ends, timing, pad_after=pad_after)
     got = gather(store, windows, torch.arange(len(windows)), timing, action_padding=padding)
-    wanted = naive_windows(lengths, timing, padding)
+    wanted = naive_windows(lengths, timing, padding, pad_after)
     assert len(windows) == len(wanted)
     assert got.action.tolist() == [actions for _, actions, _ in wanted]
     assert got.is_pad.tolist() == [padded for _, _, padded in wanted]
@@ -102,9 +105,9 @@ def test_every_step_is_in_a_window_and_no_window_crosses_episodes(lengths: list[
     assert (episode_of == episode_of[:, :1]).all()
 
 
-def test_with_most_padding_every_step_is_the_present_of_a_window() -> None:
+def test_every_step_is_the_present_of_a_window() -> None:
     timing, store = ChunkTiming(n_obs_steps=2, horizon=8, n_action_steps=4), made_store([5, 9, 20])
-    windows = find_windows(store.episode_ends, timing, pad_after=7)
+    windows = find_windows(store.episode_ends, timing)
     batch = gather(store, windows, torch.arange(len(windows)), timing, action_padding="repeat")
     present = batch.action[:, timing.now, 0][~batch.is_pad[:, timing.now]]
     assert sorted(present.tolist()) == list(range(1, 35))
@@ -113,7 +116,7 @@ def test_with_most_padding_every_step_is_the_present_of_a_window() -> None:
 def test_windows_match_diffusion_policys_count() -> None:
     """Reference: Diffusion Policy's create_indices gives L - H + pad_before + pad_after + 1 windows per episode."""
     lengths, timing = [30, 41, 100], ChunkTiming(n_obs_steps=2, horizon=16, n_action_steps=8)
-    windows = find_windows(torch.tensor(lengths).cumsum(0), timing)
+    windows = find_windows(torch.tensor(lengths).cumsum(0), timing, pad_after=timing.n_action_steps - 1)
     assert len(windows) == sum(length - 16 + 1 + 7 + 1 for length in lengths)
 
 

@@ -1,9 +1,13 @@
 """Training windows over an episode store, and batches of them gathered by index, without per-sample Python.
 
-Window `w` of an episode of L steps covers steps `w .. w + horizon - 1`. As in Diffusion Policy (Chi et al., 2023;
-`create_indices` in sampler.py), `w` runs from `-(n_obs_steps - 1)` to `L - horizon + (n_action_steps - 1)`, and what
-hangs over an end is padded with the first or the last step. One deviation: an episode too short for any such window
-still gives those that start at its first step or before, so that every step of every episode is learned from.
+Window `w` of an episode of L steps covers steps `w .. w + horizon - 1`; `w` runs from `-(n_obs_steps - 1)` to
+`L - horizon + pad_after`, and what hangs over an end is padded with the first or the last step. An episode too short for
+any such window still gives those that start at its first step or before.
+
+Diffusion Policy (Chi et al., 2023; `create_indices` in sampler.py) has pad_after = n_action_steps - 1. Then the last
+`horizon - n_action_steps` observations of an episode are never the newest of a window, so the policy has not seen where
+a task ends; in short demonstrations that is much of them (docs/defaults.md measures what it costs). The default is
+horizon - 1: every observation is the newest of some window.
 """
 
 from __future__ import annotations
@@ -47,13 +51,13 @@ def find_windows(episode_ends: Tensor, timing: ChunkTiming, *, pad_after: int | 
     """Return all windows over episodes that end before `episode_ends` [E].
 
     Args:
-        pad_after: steps by which a window may hang over the end; None for n_action_steps - 1, horizon - 1 makes every
-            step of an episode the first of some window.
+        pad_after: steps by which a window may hang over the end; None for horizon - 1, Diffusion Policy has
+            n_action_steps - 1.
 
     Raises:
         DataError: `pad_after` is not in [0, horizon - 1].
     """
-    after = timing.n_action_steps - 1 if pad_after is None else pad_after
+    after = timing.horizon - 1 if pad_after is None else pad_after
     if not 0 <= after < timing.horizon:
         raise DataError(f"pad_after must be in [0, {timing.horizon - 1}] for horizon={timing.horizon}; got {after}.")
     table = _index(episode_ends.numpy(), timing.horizon, timing.now, after)
