@@ -1,8 +1,8 @@
 """Training windows over an episode store, and batches of them gathered by index, without per-sample Python.
 
 Window `w` of an episode of L steps covers steps `w .. w + horizon - 1`; `w` runs from `-(n_obs_steps - 1)` to
-`L - horizon + pad_after`, and what hangs over an end is padded with the first or the last step. An episode too short for
-any such window still gives those that start at its first step or before.
+`L - horizon + pad_after`, and what hangs over an end is padded with the first or the last step. An episode too short
+for any such window still gives those that start at its first step or before.
 
 Diffusion Policy (Chi et al., 2023; `create_indices` in sampler.py) has pad_after = n_action_steps - 1. Then the last
 `horizon - n_action_steps` observations of an episode are never the newest of a window, so the policy has not seen where
