@@ -127,7 +127,8 @@ class Journal:
             leftover.unlink()
         if not about.exists():
             write_text(about, json.dumps(wanted, indent=2))
-        return {a.key: a for a in map(self._read, sorted(self.folder.glob("[0-9]*.*")))}
+        attempts = [self._read(path) for path in sorted(self.folder.glob("[0-9]*.*"))]
+        return {attempt.key: attempt for attempt in attempts if attempt is not None}
 
     def reject(self, attempt: Attempt) -> None:
         write_text(self.folder / f"{attempt.key:010d}.json", json.dumps({"reason": attempt.reason}))
@@ -162,12 +163,17 @@ class Journal:
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read(self, path: Path) -> Attempt:
+    def _read(self, path: Path) -> Attempt | None:
+        """Return the attempt in `path`; one that a power failure left unreadable is removed, to be made again."""
         key = int(path.stem)
-        if path.suffix == ".json":
-            return Attempt(key=key, reason=json.loads(path.read_text())["reason"])
-        with h5py.File(path, "r") as file:
-            return Attempt(key=key, steps=len(file["episode/actions"]), plan_steps=int(file.attrs["plan_steps"]))
+        try:
+            if path.suffix == ".json":
+                return Attempt(key=key, reason=json.loads(path.read_text())["reason"])
+            with h5py.File(path, "r") as file:
+                return Attempt(key=key, steps=len(file["episode/actions"]), plan_steps=int(file.attrs["plan_steps"]))
+        except (OSError, ValueError, KeyError):
+            path.unlink()
+            return None
 
 
 def write_trajectories(path: Path, journal: Journal, attempts: Sequence[Attempt], about: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 import torch
 
-from robopolicy.errors import DataError
+from robopolicy.errors import RobopolicyError
 
 from .demo_files import Attempt, Episode, Journal, leaves, read_tree, stack
 from .playback import ActionOutOfRange, ArmCommand, PlanPlayer, Shortening
@@ -249,16 +249,14 @@ def serve(connection: Connection, recipe: Recipe, journal_folder: str) -> None:
                     attempt = Attempt(key=key, reason=str(rejection))
                     journal.reject(attempt)
                 connection.send(attempt)
-        except EOFError:  # the parent has gone, or needs no more
+        except (EOFError, ConnectionError):  # the parent has gone, or needs no more
             return
+        except RobopolicyError as error:  # by its text: not every error can be pickled
+            connection.send(RobopolicyError(str(error)))
         except Exception as error:
             with contextlib.suppress(OSError):
-                connection.send(error if isinstance(error, DataError) else RuntimeError(_told(error)))
+                connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
             raise
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _anew(start: Start) -> dict[str, Any]:

@@ -6,14 +6,11 @@ workers there were and however often the collection was interrupted and continue
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +18,21 @@ import h5py
 
 from robopolicy.errors import DataError, RobopolicyError, UnknownNameError
 
+from .demo_crew import Crew, Progress, reasons
 from .demo_files import Attempt, Journal, Tally, write_trajectories
-from .demo_worker import Recipe, serve
+from .demo_worker import Recipe
 from .playback import ENCODERS, Shortening
 from .solvers import SOLVERS
 from .specs import OBS_MODES, task_spec
 from .tasks import TASKS, find_task
 
-MOST_CRASHES = 3
-"""A seed that kills its worker this often is rejected."""
-HOPELESS_AFTER = 30
-"""Attempts without any success after which a collection gives up."""
-LEAST_KEEP_RATE = 0.05
-"""A collection that keeps fewer gives up, too."""
-TIME_LIMIT_S = 300.0
-"""A worker that says nothing for so long is taken for dead."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What `on_progress` is told after every attempt."""
-
-    tally: Tally
-    num_demos: int
-    resumed: int
-    """Demonstrations that an earlier run had left."""
+DEFAULT_NUM_DEMOS = 100
 
 
 def collect(
     task: str,
     *,
-    num_demos: int = 100,
+    num_demos: int | None = None,
     out_dir: str | os.PathLike[str] = "demos",
     control_mode: str | None = None,
     obs_mode: str = "state",
@@ -63,19 +44,20 @@ def collect(
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Path:
-    """Write `num_demos` successful demonstrations of `task` and return the path of the HDF5 file.
+    """Write successful demonstrations of `task` and return the path of the HDF5 file.
 
     `<out_dir>/<task>/<control_mode>.<obs_mode>.h5` and the `.json` beside it are in ManiSkill's trajectory format. A
     call that was interrupted is continued by the same call; a finished file with too few demonstrations is extended.
 
     Args:
+        num_demos: how many; None for DEFAULT_NUM_DEMOS, or for all that a source file yields.
         control_mode: None for the task's default.
         obs_mode: `state` or `rgb`.
         max_episode_steps: written into the task's description; None for the task's default.
         num_workers: processes; None for one per core.
         seed: of the first attempt; attempts use `seed`, `seed + 1`, ...
         shortening: how plans are played back.
-        source: a ManiSkill trajectory file to replay, instead of planning; `num_demos` is then the most that are taken.
+        source: a ManiSkill trajectory file to replay, instead of planning.
         overwrite: replace a file, or an unfinished collection, that was made with other settings.
 
     Raises:
@@ -83,21 +65,25 @@ def collect(
         DataError: the source file cannot be used, or something else stands where the result should go.
         RobopolicyError: too few attempts succeed.
     """
-    if num_demos < 1:
+    if num_demos is not None and num_demos < 1:
         raise RobopolicyError(f"num_demos must be at least 1; got {num_demos}.")
+    if num_workers is not None and num_workers < 1:
+        raise RobopolicyError(f"num_workers must be at least 1; got {num_workers}.")
     row, shortening = find_task(task), shortening or Shortening()
     if source is None:
         require_solver(task)
     spec = task_spec(task, control_mode=control_mode, obs_mode=obs_mode, max_episode_steps=max_episode_steps)
     mode = spec.action.control_mode
-    total, env_kwargs = None, {}
+    total: int | None = None
+    env_kwargs: dict[str, Any] = {}
     if source is not None:
         total, source_mode, env_kwargs = inspect_source(Path(source), row.env_id)
-        num_demos = min(num_demos, total)
+        num_demos = min(num_demos or total, total)
         if source_mode != mode and mode not in ENCODERS:
             raise UnknownNameError("control mode for demonstrations", mode, ENCODERS)
     elif mode not in ENCODERS:
         raise UnknownNameError("control mode for demonstrations", mode, ENCODERS)
+    num_demos = num_demos or DEFAULT_NUM_DEMOS
     recipe = Recipe(
         env_id=row.env_id,
         control_mode=mode,
@@ -114,10 +100,10 @@ def collect(
         return path
     done = journal.open(settings, overwrite=overwrite)
     done |= _adopt(path, journal, settings, done)
-    crew = _Crew(recipe, journal, num_workers or os.cpu_count() or 1)
+    crew = Crew(recipe, journal, num_workers or len(os.sched_getaffinity(0)))
     used = crew.fill(done, first=first, num_demos=num_demos, total=total, on_progress=on_progress)
     if not any(a.kept for a in used):
-        raise RobopolicyError(f"None of the episodes of {source} could be replayed: {_reasons(Tally.of(used))}.")
+        raise RobopolicyError(f"None of the episodes of {source} could be replayed: {reasons(Tally.of(used))}.")
     write_trajectories(path, journal, used, _about(spec, recipe, settings, used))
     journal.remove()
     return path
@@ -162,150 +148,6 @@ def inspect_source(path: Path, env_id: str) -> tuple[int, str, dict[str, Any]]:
     ours = {"obs_mode", "control_mode", "reward_mode", "render_mode", "sim_backend", "render_backend", "num_envs"}
     looks = {"shader_dir", "sensor_configs", "human_render_camera_configs", "viewer_camera_configs"}
     return len(episodes), modes[0], {k: v for k, v in info["env_kwargs"].items() if k not in ours | looks}
-
-
-class _Crew:
-    """Worker processes and the order in which they are given keys."""
-
-    def __init__(self, recipe: Recipe, journal: Journal, num_workers: int) -> None:
-        self.recipe, self.journal, self.num_workers = recipe, journal, num_workers
-        self._context = multiprocessing.get_context("spawn")
-        self._idle: list[Any] = []
-        self._workers: dict[Any, Any] = {}
-        self._busy: dict[Any, int | None] = {}
-        self._crashes: dict[int, int] = {}
-
-    def fill(
-        self,
-        done: Mapping[int, Attempt],
-        *,
-        first: int,
-        num_demos: int,
-        total: int | None,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> list[Attempt]:
-        """Make attempts from key `first` on until `num_demos` succeed; return them in order, up to the last needed."""
-        done = dict(done)
-        resumed = sum(a.kept for a in done.values())
-        keys = (key for key in _count(first, total) if key not in done)
-        again: list[int] = []
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._dismiss)
-            while True:
-                kept = sum(a.kept for a in done.values())
-                while kept + len(self._busy) < num_demos or again:
-                    key = again.pop() if again else next(keys, None)
-                    if key is None:
-                        break
-                    if not self._give(key):
-                        again.append(key)
-                        break
-                tally = Tally.of(list(done.values()))
-                if on_progress is not None:
-                    on_progress(Progress(tally=tally, num_demos=num_demos, resumed=resumed))
-                if not self._busy:
-                    break
-                if total is None:
-                    _require_hope(tally, self.recipe)
-                for attempt in self._answers(again):
-                    done[attempt.key] = attempt
-        return _needed(done, first, num_demos)
-
-    def _give(self, key: int) -> bool:
-        """Hand `key` to a worker; false if all are busy."""
-        if not self._idle:
-            if len(self._workers) >= self.num_workers:
-                return False
-            self._hire()
-        connection = self._idle.pop()
-        self._busy[connection] = key
-        connection.send(key)
-        return True
-
-    def _hire(self) -> None:
-        ours, theirs = self._context.Pipe()
-        worker = self._context.Process(target=serve, args=(theirs, self.recipe, str(self.journal.folder)), daemon=True)
-        with _single_threaded():
-            worker.start()
-        theirs.close()
-        self._workers[ours] = worker
-        self._idle.append(ours)
-
-    def _answers(self, again: list[int]) -> Iterator[Attempt]:
-        """Wait for workers; yield what they finished, and put the keys of those that died into `again`."""
-        ready = multiprocessing.connection.wait(list(self._busy), timeout=TIME_LIMIT_S)
-        for connection in ready or list(self._busy)[:1]:
-            key = self._busy[connection]
-            assert key is not None
-            try:
-                answer = connection.recv() if ready else None
-            except (EOFError, ConnectionError):
-                answer = None
-            if answer == "ready":
-                continue
-            if isinstance(answer, Exception):
-                raise answer
-            self._busy.pop(connection)
-            if answer is not None:
-                self._idle.append(connection)
-                yield answer
-                continue
-            self._remove(connection)
-            self._crashes[key] = self._crashes.get(key, 0) + 1
-            if self._crashes[key] < MOST_CRASHES:
-                again.append(key)
-            else:
-                attempt = Attempt(key=key, reason="planner crashed")
-                self.journal.reject(attempt)
-                yield attempt
-
-    def _remove(self, connection: Any) -> None:
-        worker = self._workers.pop(connection)
-        connection.close()
-        worker.terminate()
-        worker.join()
-
-    def _dismiss(self) -> None:
-        for connection in list(self._workers):
-            connection.close()
-        for worker in self._workers.values():
-            worker.join(timeout=0.5)
-            worker.terminate()
-            worker.join()
-        self._workers.clear()
-
-
-def _count(first: int, total: int | None) -> Iterator[int]:
-    key = first
-    while total is None or key < total:
-        yield key
-        key += 1
-
-
-def _needed(done: Mapping[int, Attempt], first: int, num_demos: int) -> list[Attempt]:
-    """Return attempts in the order of their keys, up to the success that completes `num_demos`."""
-    used: list[Attempt] = []
-    kept = 0
-    for key in sorted(k for k in done if k >= first):
-        if kept == num_demos:
-            break
-        used.append(done[key])
-        kept += done[key].kept
-    return used
-
-
-def _require_hope(tally: Tally, recipe: Recipe) -> None:
-    if tally.attempts < HOPELESS_AFTER or tally.keep_rate >= LEAST_KEEP_RATE:
-        return
-    hint = " This task turns the tool: try control_mode=pd_ee_delta_pose." if "delta_pos" in recipe.control_mode else ""
-    raise RobopolicyError(
-        f"Only {tally.kept} of {tally.attempts} attempts at {recipe.env_id} succeed in {recipe.control_mode} "
-        f"({_reasons(tally)}).{hint} A smaller shortening.max_action, or shortening.speed=1, is gentler."
-    )
-
-
-def _reasons(tally: Tally) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in tally.rejected.most_common())
 
 
 def _settings(recipe: Recipe, seed: int) -> dict[str, Any]:
@@ -390,19 +232,3 @@ def _adopt(
             adopted[int(key)] = Attempt(key=int(key), reason=reason)
             journal.reject(adopted[int(key)])
     return adopted
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Start processes with one thread per numerical library: each simulates one scene, and there is one per core."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -89,8 +89,7 @@ class ArmCommand:
             self.low = np.asarray(self.arm.action_space_low.cpu(), dtype=np.float64)
             self.high = np.asarray(self.arm.action_space_high.cpu(), dtype=np.float64)
         self._model = self.robot.create_pinocchio_model()
-        self._tool = getattr(agent, "tcp", None)
-        self._ee = getattr(self.arm, "ee_link", None) or self._tool
+        self._link: Any = getattr(self.arm, "ee_link", None) or agent.tcp
 
     def __call__(self, qpos: np.ndarray) -> np.ndarray:
         """Return the arm action [A] float64, not clipped, that moves from the present state to `qpos` [J]."""
@@ -106,7 +105,7 @@ class ArmCommand:
         full = np.asarray(self.robot.get_qpos()[0].cpu(), dtype=np.float64)
         full[self.joints] = qpos
         self._model.compute_forward_kinematics(full)
-        pose = self._model.get_link_pose(int(self._ee.index[0]))
+        pose = self._model.get_link_pose(int(self._link.index[0]))
         return np.asarray(pose.p, dtype=np.float64), _rotation(pose.q)
 
     def now(self) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -23,7 +23,7 @@ from robopolicy.envs.demo_files import Attempt, Episode, Journal, Tally
 from robopolicy.envs.demonstrations import collect, summary
 from robopolicy.envs.playback import ActionOutOfRange, PlanPlayer, Shortening, split
 from robopolicy.envs.solvers import Plan
-from robopolicy.errors import DataError, UnknownNameError
+from robopolicy.errors import DataError, RobopolicyError, UnknownNameError
 
 
 class PointArm:
@@ -142,6 +142,7 @@ def test_a_journal_remembers_and_refuses_other_settings(tmp_path: Path) -> None:
     kept = journal.keep(5, an_episode())
     journal.reject(Attempt(key=4, reason="no motion found"))
     (tmp_path / "j" / "0000000006.h5.tmp").write_bytes(b"half")
+    (tmp_path / "j" / "0000000007.h5").write_bytes(b"")
     again = Journal(tmp_path / "j").open({"seed": 0}, overwrite=False)
     assert again == {4: Attempt(key=4, reason="no motion found"), 5: kept}
     assert Tally.of(list(again.values())).to_dict()["rejected"] == {"no motion found": 1}
@@ -156,6 +157,13 @@ def test_a_task_without_a_solver_lists_those_that_have_one(cli: Callable[..., ob
     done = cli("collect", "task=push_t")
     assert done.code == 2  # type: ignore[attr-defined]
     assert "pick_cube" in done.err  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wrong", [{"num_demos": 0}, {"num_workers": 0}, {"control_mode": "pd_joint_vel"}])
+def test_wrong_arguments_are_refused_before_any_work(wrong: dict[str, Any], empty_cwd: Path) -> None:
+    with pytest.raises(RobopolicyError, match=next(iter(wrong)).replace("_", ".")):
+        collect("push_cube", **wrong)
+    assert not list(empty_cwd.rglob("*.partial"))
 
 
 @pytest.fixture(scope="module")
@@ -210,17 +218,28 @@ def test_maniskills_replay_succeeds(demos: Path) -> None:
     assert (result.num_replays, result.successful_replays) == (2, 2)
 
 
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.sim
-def test_killed_and_continued_with_other_workers_gives_the_same_file(demos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_and_continued_with_other_workers_gives_the_same_file(
+    demos: Path, tmp_path: Path, how: signal.Signals
+) -> None:
     words = [sys.executable, "-m", "robopolicy", "collect", "task=push_cube", "num_demos=2", f"out_dir={tmp_path}"]
     partial = tmp_path / "push_cube" / f".{demos.stem}.partial"
-    running = subprocess.Popen([*words, "num_workers=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        [*words, "num_workers=1"], stderr=subprocess.PIPE, text=True, preexec_fn=_heed_ctrl_c, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while not list(partial.glob("0*.h5")) and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    (os.killpg if how == signal.SIGINT else os.kill)(running.pid, how)  # Ctrl-C reaches the workers, too
+    said = running.communicate(timeout=60)[1]
+    if running.returncode != 0:  # 0: it was finished by then
+        assert running.returncode == (130 if how == signal.SIGINT else -9)
+        assert "Traceback" not in said
     path = collect("push_cube", num_demos=2, out_dir=tmp_path, num_workers=2)
     assert path.read_bytes() == demos.read_bytes()
     assert path.with_suffix(".json").read_text() == demos.with_suffix(".json").read_text()

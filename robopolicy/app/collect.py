@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> Mapping[str, Any]:
     except (TypeError, ValueError) as error:
         raise RobopolicyError(str(error)) from error
     began_s = time.monotonic()
-    with _progress(cfg.num_demos, console) as show:
+    with _progress(console) as show:
         try:
             path = collect(
                 cfg.task.name,
@@ -84,7 +84,7 @@ class _Show:
 
 
 @contextlib.contextmanager
-def _progress(num_demos: int, console: Console) -> Iterator[_Show]:
+def _progress(console: Console) -> Iterator[_Show]:
     """Show a bar on stderr (a line now and then where that is no terminal)."""
     if not console.is_terminal:
         yield _Show(_plain(console))
@@ -94,7 +94,7 @@ def _progress(num_demos: int, console: Console) -> Iterator[_Show]:
     columns = (
         progress.TextColumn("[bold]collecting"),
         progress.BarColumn(bar_width=None),
-        progress.TextColumn("{task.completed}/{task.total}"),
+        progress.MofNCompleteColumn(),
         progress.TextColumn("[green]{task.fields[rate]}[/] of attempts kept"),
         progress.TextColumn("{task.fields[speed]}"),
         progress.TimeElapsedColumn(),
@@ -102,14 +102,14 @@ def _progress(num_demos: int, console: Console) -> Iterator[_Show]:
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task("collecting", total=num_demos, rate="-", speed="starting")
+        task = bar.add_task("collecting", total=None, rate="-", speed="starting")
         began_s = time.monotonic()
 
         def draw(state: Progress) -> None:
             made = state.tally.kept - state.resumed
             bar.update(
                 task,
-                completed=state.tally.kept,
+                completed=min(state.tally.kept, state.num_demos),
                 total=state.num_demos,
                 rate=f"{state.tally.keep_rate:.0%}" if state.tally.attempts else "-",
                 speed=f"{made / max(time.monotonic() - began_s, 1e-3):.1f}/s" if made else "starting",
