@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 import shlex
@@ -44,6 +43,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from robopolicy.evaluation.progress import progress_bar
     from robopolicy.evaluation.rollout import evaluate
     from robopolicy.policies.actors import ChunkActor
+    from robopolicy.training.fit import threads
 
     if cfg.n_episodes < 1:
         raise RobopolicyError(f"n_episodes must be at least 1; got {cfg.n_episodes}.")
@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     backend = default_backend() if cfg.backend == "auto" else cfg.backend
     num_envs = cfg.num_envs or _even_waves(cfg.n_episodes, MOST_ENVS.get(backend, 1))
-    with _threads(cfg.num_threads or (1 if not _sees_images(loaded) else None)):
+    with threads(cfg.num_threads or (1 if not _sees_images(loaded) else None)):
         env = _environment(cfg, loaded, num_envs=num_envs, backend=backend)
         actor = ChunkActor(loaded.policy, num_envs, n_action_steps=cfg.n_action_steps)
         with progress_bar(cfg.n_episodes, console=console) as show:
@@ -281,19 +281,6 @@ def _even_waves(n_episodes: int, most: int) -> int:
     """Return the number of environments that runs `n_episodes` in as few waves as `most` does, with least padding."""
     waves = -(-n_episodes // most)
     return -(-n_episodes // waves)
-
-
-@contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Let torch use `number` CPU threads inside the block."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _say(console: Console, info: Mapping[str, Any], folder: Path, earlier: Evaluation | None, now: Evaluation) -> None:
