@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from robopolicy import atomic
 from robopolicy.errors import DataError
 
 Tree = Mapping[str, Any]
@@ -126,12 +127,12 @@ class Journal:
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
         if not about.exists():
-            write_text(about, json.dumps(wanted, indent=2))
+            atomic.write_file(about, json.dumps(wanted, indent=2).encode())
         attempts = [self._read(path) for path in sorted(self.folder.glob("[0-9]*.*"))]
         return {attempt.key: attempt for attempt in attempts if attempt is not None}
 
     def reject(self, attempt: Attempt) -> None:
-        write_text(self.folder / f"{attempt.key:010d}.json", json.dumps({"reason": attempt.reason}))
+        atomic.write_file(self.folder / f"{attempt.key:010d}.json", json.dumps({"reason": attempt.reason}).encode())
 
     def keep(self, key: int, episode: Episode) -> Attempt:
         """Write `episode` and return its line of the journal."""
@@ -194,7 +195,7 @@ def write_trajectories(path: Path, journal: Journal, attempts: Sequence[Attempt]
     json_path = path.with_suffix(".json")
     json_path.unlink(missing_ok=True)  # without its JSON a file is unfinished, so a kill between the two moves is seen
     os.replace(temporary, path)
-    write_text(json_path, json.dumps({**about, "episodes": episodes}, indent=2))
+    atomic.write_file(json_path, json.dumps({**about, "episodes": episodes}, indent=2).encode())
 
 
 def write_episode(group: h5py.Group, episode: Episode) -> None:
@@ -204,16 +205,6 @@ def write_episode(group: h5py.Group, episode: Episode) -> None:
     for name, values in episode.outcomes.items():
         group.create_dataset(name, data=values, dtype=bool)
     _write_tree(group, "env_states", episode.env_states)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one move."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_tree(group: h5py.Group, index: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ LAYER = {
     "timing": 0,
     "rng": 0,
     "normalize": 0,
+    "atomic": 0,
     "configs": 0,
     "nn": 1,
     "sampling": 1,

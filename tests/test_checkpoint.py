@@ -13,10 +13,11 @@ import torch
 from omegaconf import OmegaConf
 from toy_training import LIMITS, SPEC, ToyPolicy, files_up_to, run_toy, toy_policy
 
+from robopolicy import atomic
 from robopolicy.app.build import build_policy
 from robopolicy.errors import CheckpointError, RobopolicyError, SpecMismatchError, TrainingError
 from robopolicy.policies.diffusion import DiffusionPolicy
-from robopolicy.training import atomic, checkpoint
+from robopolicy.training import checkpoint
 from robopolicy.types import Observation, TaskSpec
 
 CONFIG = {"policy": {"_target_": "toy"}, "data": {"num_episodes": 5}, "train": {"lr": 0.1}}

@@ -17,12 +17,12 @@ import torch
 from point_task import LENGTH, SEEDS, HomingActor, PointEnv, info_of, point_spec, run_point
 from statsmodels.stats.proportion import proportion_confint
 
+from robopolicy.atomic import new_folder
 from robopolicy.errors import CheckpointError, RobopolicyError, ShapeError
 from robopolicy.evaluation.progress import progress_bar
 from robopolicy.evaluation.results import (
     read_evaluation,
     read_evaluations,
-    replaced_folder,
     require_disjoint,
     require_free,
     sha256,
@@ -186,7 +186,7 @@ def test_demonstration_seeds_are_refused():
 def test_results_come_back_from_disk_under_lerobot_names(tmp_path):
     result = run_point(6)
     folder = tmp_path / "eval" / "a"
-    with replaced_folder(folder) as staged:
+    with new_folder(folder) as staged:
         write_results(staged, info_of(result, {"seeds": SEEDS}), result)
     (back,) = read_evaluations(tmp_path)
     top = back.info["overall"]
@@ -204,7 +204,7 @@ def test_results_come_back_from_disk_under_lerobot_names(tmp_path):
 def test_an_evaluation_is_replaced_only_by_its_equal(tmp_path):
     result, folder = run_point(23), tmp_path / "eval" / "a"
     assert require_free(folder, {"seeds": 1}, overwrite=False) is None
-    with replaced_folder(folder) as staged:
+    with new_folder(folder) as staged:
         write_results(staged, info_of(result, {"seeds": 1}), result)
     assert require_free(folder, {"seeds": 1}, overwrite=False).name == "a"
     with pytest.raises(CheckpointError, match="other settings \\(seeds\\)"):
@@ -216,12 +216,12 @@ def test_an_evaluation_is_replaced_only_by_its_equal(tmp_path):
 
 def test_a_failing_block_leaves_the_earlier_folder_whole(tmp_path):
     folder = tmp_path / "a"
-    with replaced_folder(folder) as staged:
+    with new_folder(folder) as staged:
         (staged / "old").write_text("old")
-    with pytest.raises(FileNotFoundError), replaced_folder(folder) as staged:
+    with pytest.raises(FileNotFoundError), new_folder(folder) as staged:
         (staged / "new" / "deep").write_text("there is no such folder")
     assert [p.name for p in folder.iterdir()] == ["old"]
-    with replaced_folder(folder) as staged:
+    with new_folder(folder) as staged:
         (staged / "new").write_text("new")
     assert [p.name for p in tmp_path.rglob("*")] == ["a", "new"]
 

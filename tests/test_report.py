@@ -12,10 +12,11 @@ import torch
 from point_task import HomingActor, PointEnv, info_of, point_spec, run_point
 from safetensors.torch import save_file
 
+from robopolicy.atomic import new_folder
 from robopolicy.errors import CheckpointError
 from robopolicy.evaluation.charts import histogram, loss_chart
 from robopolicy.evaluation.report import context, duration, milliseconds, num_parameters, percent, render_report
-from robopolicy.evaluation.results import replaced_folder, write_results
+from robopolicy.evaluation.results import write_results
 from robopolicy.evaluation.rollout import actor_latency
 from robopolicy.evaluation.video import record
 
@@ -50,7 +51,7 @@ def make_run(root: Path, *, steps: tuple[int, ...] = (100,), losses: bool = True
 def add_evaluation(run: Path, name: str, *, step: int = 100, n: int = 12, film: bool = False, **settings) -> None:
     seeds = list(range(10000, 10000 + n))
     result = run_point(4, seeds)
-    with replaced_folder(run / "eval" / name) as staged:
+    with new_folder(run / "eval" / name) as staged:
         video = record(PointEnv(1), result.episodes[:4], staged, size_px=48) if film else None
         info = info_of(
             result,

@@ -37,6 +37,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate `cfg.checkpoint` and write its folder under the run's `eval/`."""
     from rich.console import Console
 
+    from robopolicy import atomic
     from robopolicy.envs import default_backend
     from robopolicy.errors import RobopolicyError
     from robopolicy.evaluation import results
@@ -75,7 +76,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         frame, _ = env.reset(seed=seeds[0])
         latency = _latency_batch_1(cfg, loaded, frame)
         env.close()
-        with results.replaced_folder(folder) as staged:
+        with atomic.new_folder(folder) as staged:
             video = _film(cfg, loaded, result, staged, backend, console) if cfg.video else None
             info = results.eval_info(
                 result,

@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from robopolicy import atomic
 from robopolicy.errors import CheckpointError
-from robopolicy.training import atomic, checkpoint
+from robopolicy.training import checkpoint
 
 FREE = ("resume", "run", "checkpoints_dir", "logger", "data.path", "train.save_every", "train.keep")
 """What may differ when a run is resumed: the result does not depend on it (demonstrations are told by fingerprint)."""

@@ -10,15 +10,14 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from robopolicy import atomic
 from robopolicy.errors import CheckpointError, RobopolicyError
 from robopolicy.evaluation.rollout import EvalResult
 from robopolicy.evaluation.statistics import Latency, wilson_interval
@@ -223,42 +222,11 @@ def require_free(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) 
     raise CheckpointError(f"{folder} holds {why}. Choose another name=..., or replace it with overwrite=true.")
 
 
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `folder` when the block succeeds, and vanishes when it fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.parent / f".{folder.name}.{os.getpid()}.new"
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.old"
-    for leftover in (staged, aside):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staged.mkdir()
-    try:
-        yield staged
-        if folder.exists():
-            folder.rename(aside)
-        try:
-            staged.rename(folder)
-        except OSError:
-            if aside.exists():
-                aside.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def write_results(folder: Path, info: Mapping[str, Any], result: EvalResult) -> None:
-    """Write `episodes.jsonl` and `eval_info.json` into `folder` (see `replaced_folder`)."""
+    """Write `episodes.jsonl` and `eval_info.json` into `folder` (see `atomic.new_folder`)."""
     rows = [json.dumps(episode.to_row(i)) for i, episode in enumerate(result.episodes)]
-    _write(folder / "episodes.jsonl", "\n".join(rows) + "\n")
-    _write(folder / "eval_info.json", json.dumps(info, indent=1, allow_nan=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    atomic.write_synced(folder / "episodes.jsonl", ("\n".join(rows) + "\n").encode())
+    atomic.write_synced(folder / "eval_info.json", (json.dumps(info, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _round_up(seed: int) -> int:

@@ -24,10 +24,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from robopolicy import __version__
+from robopolicy import __version__, atomic
 from robopolicy.errors import CheckpointError, RobopolicyError, TrainingError
 from robopolicy.policies.base import Policy
-from robopolicy.training import atomic
 from robopolicy.types import TaskSpec
 
 FORMAT = "robopolicy/1"

@@ -22,8 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from robopolicy import atomic
 from robopolicy.errors import MissingRequirementError, TrainingError, UnknownNameError
-from robopolicy.training import atomic
 
 Log = Callable[[int, Mapping[str, float]], None]
 PLAIN_EVERY_S = 20.0
