@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,20 @@ from robopolicy.training.runs import claim, fingerprint, require_new, require_sa
 FORK = multiprocessing.get_context("fork")  # starts in milliseconds, so that there is time for many kills
 
 
-def train_on(run_dir: Path, num_steps: int = 400, **changes: object) -> None:
-    """Train in `run_dir` from its last checkpoint, if any; leave with the exit code of the signal that stopped it."""
+def train_on(run_dir: Path, num_steps: int = 1000, signal_at: tuple[int, int] | None = None, **changes: object) -> None:
+    """Train in `run_dir` from its last checkpoint, if any; leave with the exit code of the signal that stopped it.
+
+    `signal_at`, (signal, step): the process gets this signal when that step is logged.
+    """
     resume_from = checkpoint.resolve(run_dir) if (run_dir / "last").exists() else None
     start = json.loads((resume_from / "policy.json").read_text())["step"] if resume_from else 0
-    with claim(run_dir), stop_on_signals() as stop, logging.open_logs([], run_dir, start_step=start) as log:
+    with claim(run_dir), stop_on_signals() as stop, logging.open_logs([], run_dir, start_step=start) as write:
+
+        def log(step: int, metrics: Mapping[str, float]) -> None:
+            write(step, metrics)
+            if signal_at is not None and step == signal_at[1]:
+                os.kill(os.getpid(), signal_at[0])
+
         run_toy(
             run_dir, num_steps=num_steps, resume_from=resume_from, stop=stop, log=log, **{"save_every": 17, **changes}
         )
@@ -75,14 +85,12 @@ def test_killed_at_random_moments(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_exit(tmp_path, number, code):
     train_on(tmp_path / "whole", 200, save_every=1000)
-    process = FORK.Process(target=train_on, args=(tmp_path / "stopped", 200), kwargs={"save_every": 1000})
+    process = FORK.Process(target=train_on, args=(tmp_path / "stopped", 200, (number, 60)), kwargs={"save_every": 1000})
     process.start()
-    while not num_logged(tmp_path / "stopped"):
-        time.sleep(0.001)
-    os.kill(process.pid, number)
     process.join()
     assert process.exitcode == code
-    assert 10 <= checkpoint.read_config(checkpoint.resolve(tmp_path / "stopped"))["step"] < 200
+    stopped_at = checkpoint.read_config(checkpoint.resolve(tmp_path / "stopped"))["step"]
+    assert stopped_at == 61  # the one after the step in which the signal came
     train_on(tmp_path / "stopped", 200, save_every=1000)
     require_same_outcome(tmp_path / "whole", tmp_path / "stopped")
 
