@@ -98,6 +98,7 @@ def run(spec: dict[str, Any], n_episodes: int) -> dict[str, Any]:
     from robopolicy.data import batches, load_demonstrations
     from robopolicy.evaluation.rollout import evaluate
     from robopolicy.policies.actors import ChunkActor
+    from robopolicy.policies.planners import FreshPlanner
     from robopolicy.training.ema import EMA
     from robopolicy.training.loop import train
     from robopolicy.training.optim import make_optimizer, make_scheduler
@@ -145,7 +146,7 @@ def run(spec: dict[str, Any], n_episodes: int) -> dict[str, Any]:
     env = envs.make(spec["task"], num_envs=25, backend="cpu", max_episode_steps=store.spec.max_episode_steps)
     acting = ema.policy.eval()
     begin = time.process_time()
-    result = evaluate(ChunkActor(acting, 25), env, seeds=range(10_000, 10_000 + n_episodes))
+    result = evaluate(ChunkActor(FreshPlanner(acting), 25), env, seeds=range(10_000, 10_000 + n_episodes))
     low, high = result.interval
     steps = [e.first_success_step for e in result.episodes if e.first_success_step]
     return {

@@ -21,6 +21,7 @@ from robopolicy.nn.mlp import ChunkMLP
 from robopolicy.policies.actors import ChunkActor
 from robopolicy.policies.base import Policy
 from robopolicy.policies.diffusion import DiffusionPolicy
+from robopolicy.policies.planners import FreshPlanner
 from robopolicy.sampling.samplers import DDIMSampler, DDPMSampler
 from robopolicy.sampling.schedule import NoiseSchedule
 from robopolicy.timing import ChunkTiming
@@ -365,7 +366,7 @@ def frame(spec, times):
 def test_actions_are_executed_when_they_were_meant(n_obs_steps, n_action_steps):
     spec = fake_spec()
     policy = Clock(spec, ChunkTiming(n_obs_steps=n_obs_steps, horizon=8, n_action_steps=n_action_steps))
-    actor = ChunkActor(policy, 2)
+    actor = ChunkActor(FreshPlanner(policy), 2)
     for t in range(20):
         action = actor(frame(spec, [t, 100 + t]))
         assert action[:, 0].tolist() == [t, 100 + t]
@@ -374,7 +375,7 @@ def test_actions_are_executed_when_they_were_meant(n_obs_steps, n_action_steps):
 
 def test_the_window_starts_filled_with_the_first_frame():
     spec = fake_spec()
-    actor = ChunkActor(Clock(spec, ChunkTiming(n_obs_steps=3, horizon=8, n_action_steps=1)), 1)
+    actor = ChunkActor(FreshPlanner(Clock(spec, ChunkTiming(n_obs_steps=3, horizon=8, n_action_steps=1))), 1)
     means = [actor(frame(spec, [t]))[0, 1].item() for t in (6, 12, 18, 24)]
     assert means == pytest.approx([6, (6 + 6 + 12) / 3, 12, 18])
 
@@ -390,11 +391,11 @@ def test_interleaved_resets_give_the_actions_of_separate_rollouts():
         generator, actions = seeded(env), []
         for t in range(steps):
             if t == 0 or t in resets[env]:
-                actor = ChunkActor(policy, 1)  # an episode of its own: nothing can be left over
+                actor = ChunkActor(FreshPlanner(policy), 1)  # an episode of its own: nothing can be left over
             actions.append(actor(frame(spec, [100 * env + t]), generator=generator)[0])
         return torch.stack(actions)
 
-    actor, generators = ChunkActor(policy, 3), seeded(0, 1, 2)
+    actor, generators = ChunkActor(FreshPlanner(policy), 3), seeded(0, 1, 2)
     together = []
     for t in range(steps):
         rows = torch.tensor([t in resets[env] for env in range(3)])
@@ -408,7 +409,7 @@ def test_interleaved_resets_give_the_actions_of_separate_rollouts():
 def test_only_rows_that_ran_out_are_planned():
     spec = fake_spec()
     policy = Clock(spec, ChunkTiming(n_obs_steps=2, horizon=8, n_action_steps=4))
-    actor = ChunkActor(policy, 3)
+    actor = ChunkActor(FreshPlanner(policy), 3)
     actor(frame(spec, [0, 0, 0]))
     actor(frame(spec, [1, 1, 1]))
     actor.reset(torch.tensor([False, True, False]))
@@ -423,11 +424,11 @@ def test_resets_with_a_real_policy_equal_separate_rollouts():
     frames = [{n: v[:, 0] for n, v in fake_observation(spec, 2, 1, seeded(t)[0]).modalities.items()} for t in range(7)]
 
     def rollout(rows, new_actor_at=None):
-        actor, generators = ChunkActor(policy, len(rows)), seeded(*rows)
+        actor, generators = ChunkActor(FreshPlanner(policy), len(rows)), seeded(*rows)
         actions = []
         for t, now in enumerate(frames):
             if t == new_actor_at:
-                actor = ChunkActor(policy, len(rows))
+                actor = ChunkActor(FreshPlanner(policy), len(rows))
             elif t == 3 and len(rows) > 1:
                 actor.reset(torch.tensor([row == 1 for row in rows]))
             actions.append(actor({n: v[rows] for n, v in now.items()}, generator=generators))
@@ -440,7 +441,7 @@ def test_resets_with_a_real_policy_equal_separate_rollouts():
 
 def test_discrete_dimensions_go_to_an_end_of_their_range():
     spec = fake_spec()
-    actor = ChunkActor(Clock(spec, ChunkTiming(n_obs_steps=1, horizon=8, n_action_steps=8)), 1)
+    actor = ChunkActor(FreshPlanner(Clock(spec, ChunkTiming(n_obs_steps=1, horizon=8, n_action_steps=8))), 1)
     grips = [actor(frame(spec, [t]))[0, 3].item() for t in range(4)]
     assert grips == [-0.5, 1.5, -0.5, 1.5]  # from 0 and 1; the middle of the range is 0.5
 
@@ -448,12 +449,12 @@ def test_discrete_dimensions_go_to_an_end_of_their_range():
 def test_fewer_steps_per_chunk_can_be_executed():
     spec = fake_spec()
     policy = Clock(spec, ChunkTiming(n_obs_steps=2, horizon=8, n_action_steps=6))
-    actor = ChunkActor(policy, 1, n_action_steps=1)
+    actor = ChunkActor(FreshPlanner(policy), 1, n_action_steps=1)
     for t in range(4):
         assert actor(frame(spec, [t]))[0, 0] == t
         assert actor.replanned
     with pytest.raises(ValueError, match=r"n_action_steps must be in \[1, 7\]"):
-        ChunkActor(policy, 1, n_action_steps=8)
+        ChunkActor(FreshPlanner(policy), 1, n_action_steps=8)
 
 
 # --- it learns ------------------------------------------------------------------------------------------------------

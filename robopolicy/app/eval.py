@@ -44,6 +44,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from robopolicy.evaluation.progress import progress_bar
     from robopolicy.evaluation.rollout import evaluate
     from robopolicy.policies.actors import ChunkActor
+    from robopolicy.policies.planners import FreshPlanner
     from robopolicy.training.fit import threads
 
     if cfg.n_episodes < 1:
@@ -63,7 +64,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     num_envs = cfg.num_envs or _even_waves(cfg.n_episodes, MOST_ENVS.get(backend, 1))
     with threads(cfg.num_threads or (1 if not _sees_images(loaded) else None)):
         env = _environment(cfg, loaded, num_envs=num_envs, backend=backend)
-        actor = ChunkActor(loaded.policy, num_envs, n_action_steps=cfg.n_action_steps)
+        actor = ChunkActor(FreshPlanner(loaded.policy), num_envs, n_action_steps=cfg.n_action_steps)
         with progress_bar(cfg.n_episodes, console=console) as show:
             result = evaluate(
                 actor,
@@ -172,8 +173,9 @@ def _environment(
 def _latency_batch_1(cfg: DictConfig, loaded: LoadedPolicy, frame: Frame) -> Any:
     from robopolicy.evaluation.rollout import actor_latency
     from robopolicy.policies.actors import ChunkActor
+    from robopolicy.policies.planners import FreshPlanner
 
-    return actor_latency(ChunkActor(loaded.policy, 1, n_action_steps=cfg.n_action_steps), frame)
+    return actor_latency(ChunkActor(FreshPlanner(loaded.policy), 1, n_action_steps=cfg.n_action_steps), frame)
 
 
 def _film(
