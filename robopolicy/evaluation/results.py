@@ -196,6 +196,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
     """Read all evaluations under `run_dir/eval`, by step and name; unfinished ones (`.name`) are left out."""
     root = run_dir / "eval"
     folders = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")] if root.is_dir() else []
+    folders = [p for p in folders if not (p / "robustness.json").is_file()]  # the table of a suite, not an evaluation
     found = [read_evaluation(folder) for folder in folders]
     return sorted(found, key=lambda e: (e.info["checkpoint"].get("step") or 0, e.name))
 
