@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from robopolicy.errors import RobopolicyError
 from robopolicy.policies.base import Policy
+from robopolicy.policies.planners import Planner
 from robopolicy.types import TaskSpec
 
 PARTS = ("robopolicy.policies", "robopolicy.nn", "robopolicy.sampling", "robopolicy.timing")
@@ -52,6 +54,18 @@ def build_policy(config: Mapping[str, Any] | DictConfig, spec: TaskSpec) -> Poli
         raise RobopolicyError(f"policy: {error}") from error
     assert isinstance(policy, Policy)
     return policy
+
+
+def build_planner(config: Mapping[str, Any] | DictConfig, policy: Policy, num_envs: int, folder: Path) -> Planner:
+    """Return the planner that `config` (a choice of configs/planner) describes.
+
+    Args:
+        policy: what plans; an engine around a policy will do.
+        num_envs: environments that it will plan for.
+        folder: of the checkpoint, for what a planner keeps beside the weights.
+    """
+    planner: Planner = instantiate(config, _convert_="all")(policy)
+    return planner
 
 
 def _require_part(key: str, target: Any) -> type | FunctionType:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import shlex
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,84 +14,158 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
-    from robopolicy.evaluation.results import Evaluation
     from robopolicy.evaluation.rollout import EvalResult
+    from robopolicy.policies.base import Policy
+    from robopolicy.policies.planners import Planner
     from robopolicy.training.checkpoint import LoadedPolicy
     from robopolicy.types import Environment, Frame
 
 EXAMPLES: tuple[tuple[str, str], ...] = (
     ("robopolicy eval checkpoint=pick_cube", "100 episodes of the run's last step, success with its 95 % interval"),
     ("robopolicy eval checkpoint=pick_cube n_episodes=25 --video", "a quick look, with a film of the first 9 episodes"),
+    ("robopolicy eval checkpoint=pick_cube episode=17 --video", "one episode, the one that starts from seed + 17"),
+    (
+        "robopolicy eval checkpoint=pick_cube latency=fixed_ms:200 executor=sync",
+        "the simulation goes on while the policy thinks for 200 ms, and the robot stands still meanwhile",
+    ),
     (
         "robopolicy eval checkpoint=pick_cube policy.sampler.num_inference_steps=4 n_action_steps=4",
         "the same weights with fewer denoising steps, replanning more often",
     ),
 )
 
-MOST_SEEDS_SHOWN = 20
 MOST_ENVS = {"cuda": 256, "cpu": 25, "single": 1}
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate `cfg.checkpoint` and write its folder under the run's `eval/`."""
+    if cfg.shift == "suite":
+        from robopolicy.app.eval_suite import run_suite
+
+        return run_suite(cfg)
+    return run_one(cfg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is evaluated: the policy behind its engine, on which seeds, into which folder."""
+
+    cfg: DictConfig
+    loaded: LoadedPolicy
+    policy: Policy
+    device: torch.device
+    settings: dict[str, Any]
+    folder: Path
+    backend: str
+    num_envs: int
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(self.settings["seeds"])
+
+    def planner(self, num_envs: int) -> Planner:
+        from robopolicy.app.build import build_planner
+
+        return build_planner(self.cfg.planner, self.policy, num_envs, self.loaded.path)
+
+
+def run_one(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate one setting: `cfg.shift` is a single one, or none."""
     from rich.console import Console
 
     from robopolicy import atomic
+    from robopolicy.app.eval_words import say
+    from robopolicy.evaluation import results
+    from robopolicy.training.fit import threads
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    job = _prepared(cfg)
+    earlier = results.require_free(job.folder, job.settings, overwrite=cfg.overwrite)
+    with threads(cfg.num_threads or (1 if not _sees_images(job.loaded) else None)):
+        result, latency = _measured(job, console)
+        with atomic.new_folder(job.folder) as staged:
+            info = _described(job, result, latency, _film(job, result, staged, console) if cfg.video else None)
+            results.write_results(staged, info, result)
+    say(console, info, job.folder, earlier, results.read_evaluation(job.folder))
+    return {"folder": str(job.folder), **info["overall"]}
+
+
+def _prepared(cfg: DictConfig) -> _Job:
+    """Load what `cfg` names and check what can be checked before anything is simulated."""
+    from robopolicy.app.eval_words import default_name
     from robopolicy.envs import default_backend
     from robopolicy.errors import RobopolicyError
     from robopolicy.evaluation import results
-    from robopolicy.evaluation.progress import progress_bar
-    from robopolicy.evaluation.rollout import evaluate
-    from robopolicy.policies.actors import ChunkActor
-    from robopolicy.policies.planners import FreshPlanner
-    from robopolicy.training.fit import threads
 
     if cfg.n_episodes < 1:
         raise RobopolicyError(f"n_episodes must be at least 1; got {cfg.n_episodes}.")
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     device = _device(cfg.device)
     changes = dict(_changes(cfg.policy))
     loaded = _load(cfg, changes, device)
     _require_actionable(cfg.n_action_steps, loaded)
-    seeds = list(range(cfg.seed, cfg.seed + cfg.n_episodes))
+    seeds = list(range(cfg.seed, cfg.seed + cfg.n_episodes)) if cfg.episode is None else [cfg.seed + cfg.episode]
     results.require_disjoint(seeds, demonstration_seeds(loaded.config))
-    settings = _settings(cfg, loaded, changes, seeds)
-    folder = results.run_folder(loaded.path) / "eval" / (cfg.name or _name(cfg, loaded, changes))
-    earlier = results.require_free(folder, settings, overwrite=cfg.overwrite)
-
     backend = default_backend() if cfg.backend == "auto" else cfg.backend
-    num_envs = cfg.num_envs or _even_waves(cfg.n_episodes, MOST_ENVS.get(backend, 1))
-    with threads(cfg.num_threads or (1 if not _sees_images(loaded) else None)):
-        env = _environment(cfg, loaded, num_envs=num_envs, backend=backend)
-        actor = ChunkActor(FreshPlanner(loaded.policy), num_envs, n_action_steps=cfg.n_action_steps)
-        with progress_bar(cfg.n_episodes, console=console) as show:
-            result = evaluate(
-                actor,
-                env,
-                seeds=seeds,
-                noise_seed=cfg.noise_seed,
-                stop_on_success=cfg.stop_on_success,
-                on_step=show,
-            )
-        frame, _ = env.reset(seed=seeds[0])
-        latency = _latency_batch_1(cfg, loaded, frame)
-        env.close()
-        with atomic.new_folder(folder) as staged:
-            video = _film(cfg, loaded, result, staged, backend, console) if cfg.video else None
-            info = results.eval_info(
-                result,
-                task=env.task_spec.to_dict(),
-                checkpoint=_source(loaded, settings),
-                settings=settings,
-                latency_batch_1=latency,
-                backend=backend,
-                device=str(device),
-                command=_command(cfg),
-                video=video,
-            )
-            results.write_results(staged, info, result)
-    _say(console, info, folder, earlier, results.read_evaluation(folder))
-    return {"folder": str(folder), **info["overall"]}
+    name = cfg.name or default_name(cfg, loaded.step, changes)
+    return _Job(
+        cfg=cfg,
+        loaded=loaded,
+        policy=_engine(loaded.policy, cfg.engine),
+        device=device,
+        settings=_settings(cfg, loaded, changes, seeds),
+        folder=results.run_folder(loaded.path) / "eval" / name,
+        backend=backend,
+        num_envs=cfg.num_envs or _even_waves(len(seeds), MOST_ENVS.get(backend, 1)),
+    )
+
+
+def _measured(job: _Job, console: Console) -> tuple[EvalResult, Any]:
+    """Run the episodes; return their result and the latency of planning for one environment."""
+    from robopolicy.evaluation.progress import progress_bar
+    from robopolicy.evaluation.rollout import evaluate
+    from robopolicy.policies.actors import ChunkActor
+
+    cfg = job.cfg
+    env = _environment(job, num_envs=job.num_envs)
+    actor = ChunkActor(job.planner(job.num_envs), job.num_envs, n_action_steps=cfg.n_action_steps)
+    with progress_bar(len(job.seeds), console=console) as show:
+        result = evaluate(
+            actor,
+            env,
+            seeds=job.seeds,
+            noise_seed=cfg.noise_seed,
+            stop_on_success=cfg.stop_on_success,
+            on_step=show,
+        )
+    frame, _ = env.reset(seed=job.seeds[0])
+    latency = _latency_batch_1(job, frame)
+    env.close()
+    return result, latency
+
+
+def _described(job: _Job, result: EvalResult, latency: Any, video: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the content of eval_info.json."""
+    from robopolicy.app.eval_words import repeating_command
+    from robopolicy.evaluation.results import eval_info
+
+    loaded = job.loaded
+    spec = dataclasses.replace(loaded.spec, max_episode_steps=result.max_episode_steps)
+    return eval_info(
+        result,
+        task=spec.to_dict(),
+        checkpoint={
+            "path": str(loaded.path),
+            "step": loaded.step,
+            "weights_sha256": job.settings["weights_sha256"],
+            "robopolicy_version": loaded.config.get("robopolicy_version"),
+        },
+        settings=job.settings,
+        latency_batch_1=latency,
+        backend=job.backend,
+        device=str(job.device),
+        command=repeating_command(job.cfg),
+        video=video,
+    )
 
 
 def demonstration_seeds(config: Mapping[str, Any]) -> list[int]:
@@ -106,7 +179,6 @@ def _load(cfg: DictConfig, changes: Mapping[str, Any], device: torch.device) -> 
     from omegaconf import OmegaConf
 
     from robopolicy.app.build import build_policy
-    from robopolicy.policies.base import Policy
     from robopolicy.training import checkpoint
     from robopolicy.types import TaskSpec
 
@@ -145,53 +217,65 @@ def _require_actionable(n_action_steps: int | None, loaded: LoadedPolicy) -> Non
             raise RobopolicyError(str(error)) from error
 
 
-def _environment(
-    cfg: DictConfig, loaded: LoadedPolicy, *, num_envs: int, backend: str, render: bool = False
-) -> Environment:
-    """Build the environment that `loaded` was trained for, and make sure that it is.
+def _environment(job: _Job, *, num_envs: int, render: bool = False) -> Environment:
+    """Build the environment that the policy was trained for, make sure that it is, and perturb it as asked.
 
     Raises:
         SpecMismatchError: it observes or acts otherwise.
     """
     from robopolicy.envs import make
 
+    cfg, loaded = job.cfg, job.loaded
     saved = loaded.spec
-    env = make(
+    env: Environment = make(
         saved.name,
         num_envs=num_envs,
-        backend=backend,
+        backend=job.backend,
         control_mode=saved.action.control_mode,
         obs_mode="rgb" if _sees_images(loaded) else "state",
-        max_episode_steps=cfg.max_episode_steps or saved.max_episode_steps,
+        max_episode_steps=job.settings["max_episode_steps"],
         render=render,
         **({"render_size": cfg.video_tile_px} if render else {}),
     )
     saved.require_same(env.task_spec, mine=f"The policy in {loaded.path}", theirs=f"task {env.task_spec.name!r}")
+    if cfg.shift is not None:
+        from robopolicy.envs.shifts import apply, parse_shift
+
+        env = apply(env, parse_shift(cfg.shift))
     return env
 
 
-def _latency_batch_1(cfg: DictConfig, loaded: LoadedPolicy, frame: Frame) -> Any:
+def _engine(policy: Policy, name: str) -> Policy:
+    """Return `policy` behind the engine called `name`."""
+    if name == "eager":
+        return policy
+    from robopolicy.policies.engines import build_engine
+
+    engine: Policy = build_engine(policy, name)
+    return engine
+
+
+def _latency_batch_1(job: _Job, frame: Frame) -> Any:
     from robopolicy.evaluation.rollout import actor_latency
     from robopolicy.policies.actors import ChunkActor
-    from robopolicy.policies.planners import FreshPlanner
 
-    return actor_latency(ChunkActor(FreshPlanner(loaded.policy), 1, n_action_steps=cfg.n_action_steps), frame)
+    return actor_latency(ChunkActor(job.planner(1), 1, n_action_steps=job.cfg.n_action_steps), frame)
 
 
-def _film(
-    cfg: DictConfig, loaded: LoadedPolicy, result: EvalResult, folder: Path, backend: str, console: Console
-) -> dict[str, Any]:
+def _film(job: _Job, result: EvalResult, folder: Path, console: Console) -> dict[str, Any]:
     """Replay the first episodes with pictures and write the film into `folder`."""
     from rich.progress import Progress
 
     from robopolicy.evaluation.video import record
 
+    cfg = job.cfg
     episodes = result.episodes[: cfg.video_episodes]
     begin = time.perf_counter()
-    tiles = len(episodes) if backend == "cuda" else 1  # one by one on a CPU: no picture is drawn of a finished episode
+    # one by one on a CPU: no picture is drawn of a finished episode
+    tiles = len(episodes) if job.backend == "cuda" else 1
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("rendering", total=None)
-        env = _environment(cfg, loaded, num_envs=tiles, backend=backend, render=True)
+        env = _environment(job, num_envs=tiles, render=True)
         video = record(
             env,
             episodes,
@@ -219,6 +303,8 @@ def _changes(policy: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _settings(cfg: DictConfig, loaded: LoadedPolicy, changes: Mapping[str, Any], seeds: list[int]) -> dict[str, Any]:
     """Return all that decides the outcome on a given machine."""
+    from omegaconf import OmegaConf
+
     from robopolicy.evaluation.results import sha256
 
     return {
@@ -231,94 +317,23 @@ def _settings(cfg: DictConfig, loaded: LoadedPolicy, changes: Mapping[str, Any],
         "n_action_steps": cfg.n_action_steps or loaded.policy.timing.n_action_steps,
         "policy_overrides": dict(changes),
         "sampler": loaded.config["policy"].get("sampler"),
+        "planner": OmegaConf.to_container(cfg.planner, resolve=True),
+        "engine": cfg.engine,
+        "shift": _shift_name(cfg.shift),
     }
 
 
-def _source(loaded: LoadedPolicy, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "path": str(loaded.path),
-        "step": loaded.step,
-        "weights_sha256": settings["weights_sha256"],
-        "robopolicy_version": loaded.config.get("robopolicy_version"),
-    }
+def _shift_name(shift: str | None) -> str | None:
+    """Return `shift` with its level spelled out."""
+    if shift is None:
+        return None
+    from robopolicy.envs.shifts import parse_shift
 
-
-def _name(cfg: DictConfig, loaded: LoadedPolicy, changes: Mapping[str, Any]) -> str:
-    """Return a folder name that tells evaluations of one run apart: step, episodes, seed, and what was changed."""
-    parts = [f"step_{loaded.step:08d}", f"n{cfg.n_episodes}", f"s{cfg.seed}"]
-    for key in ("n_action_steps", "max_episode_steps"):
-        if cfg[key]:
-            parts.append(f"{key}_{cfg[key]}")
-    if cfg.noise_seed:
-        parts.append(f"noise_{cfg.noise_seed}")
-    if cfg.stop_on_success:
-        parts.append("stop")
-    parts += [f"{key.rpartition('.')[2]}_{value}" for key, value in changes.items()]
-    return "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts)
-
-
-def _command(cfg: DictConfig) -> str:
-    """Return the line that repeats this evaluation: all settings that are not the default."""
-    from omegaconf import OmegaConf
-
-    from robopolicy.app.cli import configs_folder
-
-    def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in tree.items():
-            if isinstance(value, Mapping):
-                yield from leaves(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    default = dict(leaves(OmegaConf.to_container(OmegaConf.load(configs_folder() / "eval.yaml"))))
-    words = []
-    for key, value in leaves(OmegaConf.to_container(cfg, resolve=True)):
-        if key not in default:
-            words.append(f"+{key}={value}")
-        elif value != default[key] or key == "n_episodes":
-            words.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
-    return shlex.join(["robopolicy", "eval", *words])
+    found = parse_shift(shift)
+    return f"{found.name}:{found.level}"
 
 
 def _even_waves(n_episodes: int, most: int) -> int:
     """Return the number of environments that runs `n_episodes` in as few waves as `most` does, with least padding."""
     waves = -(-n_episodes // most)
     return -(-n_episodes // waves)
-
-
-def _say(console: Console, info: Mapping[str, Any], folder: Path, earlier: Evaluation | None, now: Evaluation) -> None:
-    """Print the result, where it is, and what to do next."""
-    from rich.markup import escape
-
-    from robopolicy.evaluation.report import duration, milliseconds, percent
-
-    top, time_s, at_1 = info["overall"], info["time"], info["latency_batch_1"]
-    low, high = top["pc_success_ci95"]
-    console.print(
-        f"[bold]{percent(top['pc_success'])} % success[/] ({top['n_success']} of {top['n_episodes']}), "
-        f"95 % interval {percent(low)} to {percent(high)} %"
-    )
-    if top["pc_success_at_end"] is not None:
-        console.print(f"still successful at the end: {percent(top['pc_success_at_end'])} %")
-    if at_1["num_calls"]:
-        console.print(
-            f"one action chunk: {milliseconds(at_1['median_ms'])} ms (p95 {milliseconds(at_1['p95_ms'])} ms) "
-            f"at batch 1 on {info['device']}"
-        )
-    console.print(
-        f"took {duration(top['eval_s'])}: simulation {duration(time_s['simulation_s'])}, policy "
-        f"{duration(time_s['policy_s'])}, reset {duration(time_s['reset_s'])}; "
-        f"{time_s['env_steps_per_s']:,.0f} steps/s"
-    )
-    if failed := info["failed_seeds"]:
-        more = ", ..." if len(failed) > MOST_SEEDS_SHOWN else ""
-        console.print(f"failed seeds: {', '.join(map(str, failed[:MOST_SEEDS_SHOWN]))}{more}")
-    if earlier is not None:
-        old = {row["seed"]: row["success"] for row in earlier.rows}
-        other = [row["seed"] for row in now.rows if old.get(row["seed"], row["success"]) != row["success"]]
-        console.print(f"replaces an earlier evaluation of that name; other outcome for {len(other)} of its seeds")
-    if info["video"] and not info["video"]["same_outcomes"]:
-        console.print("[yellow]some replays in the film ended otherwise than the counted episodes")
-    names = ", ".join(sorted(path.name for path in folder.iterdir()))
-    console.print(f"wrote [bold]{escape(str(folder))}[/]: {names}")
-    console.print(f"next: robopolicy report run={escape(str(folder.parent.parent))}")
