@@ -21,10 +21,19 @@ class Normalizer(nn.Module):
     """Maps each dimension's range in the data to [-1, 1] and back; images are scaled from 0..255 without statistics.
 
     encode(x) = scale * x + offset, with scale and offset as buffers, so that they are saved with the weights.
+
+    Args:
+        spec: the modalities and the action.
+        discrete_scale: discrete action dimensions are mapped to [-discrete_scale, discrete_scale] instead. What counts
+            is what was fitted: once loaded, the buffers decide.
     """
 
-    def __init__(self, spec: TaskSpec) -> None:
+    def __init__(self, spec: TaskSpec, *, discrete_scale: float = 1.0) -> None:
         super().__init__()
+        if not 0.0 < discrete_scale <= 1.0:
+            raise RobopolicyError(f"discrete_scale must be in (0, 1]; got {discrete_scale}.")
+        self.discrete_scale = discrete_scale
+        self._discrete = torch.tensor(spec.action.discrete)
         self.sizes = {n: m.shape[-1] for n, m in spec.observation.items() if not m.is_image}
         self.sizes["action"] = spec.action.dim
         self.images = {n for n, m in spec.observation.items() if m.is_image}
@@ -46,6 +55,8 @@ class Normalizer(nn.Module):
                 raise RobopolicyError(f"Limits of {name!r} must be {size} finite numbers; got {low}, {high}.")
             constant = high - low < CONSTANT_BELOW
             scale = torch.where(constant, torch.ones_like(low), 2.0 / (high - low).clamp_min(CONSTANT_BELOW))
+            if name == "action":
+                scale = torch.where(self._discrete, self.discrete_scale * scale, scale)
             self.get_buffer(f"{_key(name)}_scale").copy_(scale)
             self.get_buffer(f"{_key(name)}_offset").copy_(-scale * (low + high) / 2)
 

@@ -31,3 +31,10 @@ def randint(high: int, *shape: int, generator: Rng = None, device: torch.device 
     if len(generator) != shape[0]:
         raise ValueError(f"One generator per row needs {shape[0]} of them; got {len(generator)}.")
     return torch.stack([torch.randint(high, shape[1:], generator=g, device=g.device) for g in generator]).to(device)
+
+
+def take_generators(generator: Rng, rows: Tensor) -> Rng:
+    """Return the generators of `rows` [K] int where there is one per row; a single one serves any rows."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    return [generator[row] for row in rows.tolist()]

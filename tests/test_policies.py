@@ -281,7 +281,7 @@ def test_a_policy_without_statistics_refuses_to_act():
 def test_settings_are_checked_at_construction():
     with pytest.raises(RobopolicyError, match="Did you mean 'epsilon'"):
         small_policy(fake_spec(), prediction="epsilom")
-    with pytest.raises(ValueError, match="descend strictly"):
+    with pytest.raises(RobopolicyError, match="descend strictly"):
         small_policy(fake_spec(), warm_start_timesteps=[1, 3])
 
 
@@ -290,7 +290,7 @@ def test_settings_are_checked_at_construction():
 
 def test_a_guess_is_refused_unless_levels_are_set():
     policy = small_policy(fake_spec())
-    with pytest.raises(RobopolicyError, match=r"cannot use a guess.*warm_start_timesteps"):
+    with pytest.raises(RobopolicyError, match=r"cannot use a guess.*WarmStart"):
         policy.act(fake_observation(policy.spec, 2, 2, seeded(0)[0]), guess=torch.zeros(2, 8, 4))
 
 

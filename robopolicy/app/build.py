@@ -1,4 +1,4 @@
-"""Builds policies from configs, and only from parts of this library: a policy.json may come from a stranger.
+"""Builds policies and planners from configs, only from parts of this library: a policy.json may come from a stranger.
 
 Hydra calls whatever `_target_` names, so a config could run any function of any installed package. Every target is
 therefore resolved first and must be a class or function that is defined (not merely imported) in one of PARTS; nothing
@@ -8,6 +8,7 @@ outside them is imported on the way, and nothing in them touches files, processe
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FunctionType
@@ -24,6 +25,9 @@ from robopolicy.types import TaskSpec
 
 PARTS = ("robopolicy.policies", "robopolicy.nn", "robopolicy.sampling", "robopolicy.timing")
 """Where a policy config may take its parts from; these and the modules inside them."""
+
+DEFAULT_TIMESTEPS = (20, 10, 3, 0)
+"""Levels of a warm start for a checkpoint that was not calibrated; see docs/rti.md."""
 
 
 def build_policy(config: Mapping[str, Any] | DictConfig, spec: TaskSpec) -> Policy:
@@ -59,13 +63,57 @@ def build_policy(config: Mapping[str, Any] | DictConfig, spec: TaskSpec) -> Poli
 def build_planner(config: Mapping[str, Any] | DictConfig, policy: Policy, num_envs: int, folder: Path) -> Planner:
     """Return the planner that `config` (a choice of configs/planner) describes.
 
+    `warm_start.timesteps: null` is filled in by `folder`/calibration.json (see `robopolicy calibrate`) where there is
+    one, else by DEFAULT_TIMESTEPS.
+
     Args:
         policy: what plans; an engine around a policy will do.
         num_envs: environments that it will plan for.
         folder: of the checkpoint, for what a planner keeps beside the weights.
+
+    Raises:
+        RobopolicyError: a target is no part of the library, or a constructor refuses its arguments; names the key.
     """
-    planner: Planner = instantiate(config, _convert_="all")(policy)
+    plain = resolve_planner(config, folder)
+    for key, value in _leaves(plain, "planner"):
+        if key.endswith("._target_"):
+            _require_part(key, value)
+    try:
+        planner: Planner = instantiate({**plain, "_partial_": True}, _convert_="all")(policy, num_envs)
+    except InstantiationException as error:
+        where = str(error).partition("full_key: ")[2].strip()
+        raise RobopolicyError(f"planner{f'.{where}' if where else ''}: {error.__cause__ or error}") from error
+    except (TypeError, ValueError) as error:
+        raise RobopolicyError(f"planner: {error}") from error
+    warm_start, schedule = getattr(planner, "warm_start", None), getattr(policy, "schedule", None)
+    if hasattr(warm_start, "check") and schedule is not None:
+        warm_start.check(schedule)  # fails here rather than at the second action
     return planner
+
+
+def resolve_planner(config: Mapping[str, Any] | DictConfig, folder: Path) -> dict[str, Any]:
+    """Return `config` as plain values, with what calibration decides filled in: all that decides how it plans."""
+    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    if not isinstance(plain, dict) or "_target_" not in plain:
+        raise RobopolicyError(f"A planner config needs a _target_, the class to build; got {plain!r:.200}.")
+    warm_start = plain.get("warm_start")
+    if isinstance(warm_start, Mapping) and "timesteps" in warm_start and warm_start["timesteps"] is None:
+        plain["warm_start"] = {**warm_start, "timesteps": _calibrated(folder)}
+    return plain  # type: ignore[return-value]
+
+
+def _calibrated(folder: Path) -> list[int]:
+    file = folder / "calibration.json"
+    if not file.is_file():
+        return list(DEFAULT_TIMESTEPS)
+    try:
+        found = json.loads(file.read_bytes())["timesteps"]
+        return [int(level) for level in found]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RobopolicyError(
+            f"{file} cannot be read: {error!r}. `robopolicy calibrate` writes it anew; "
+            "planner.warm_start.timesteps=[...] does without."
+        ) from error
 
 
 def _require_part(key: str, target: Any) -> type | FunctionType:

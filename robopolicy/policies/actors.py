@@ -6,13 +6,27 @@ Environments end and reset row by row, so everything here is kept and forgotten 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from robopolicy.policies.planners import Planner
-from robopolicy.rng import Rng
+from robopolicy.rng import Rng, take_generators
 from robopolicy.types import ActionSpec, Frame, Observation, TaskSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What one call of a planner was about."""
+
+    rows: Tensor
+    """[K] int, the environments planned for."""
+    diagnostics: Mapping[str, Tensor]
+    """The planner's, name to [K]."""
+    inference_s: Sequence[float] | None = None
+    """How long each of the K robots waited for its plan, where waiting is simulated."""
 
 
 class ChunkActor:
@@ -32,9 +46,11 @@ class ChunkActor:
         self.num_envs = num_envs
         self.replanned = False
         """Whether the last call planned."""
+        self.planned: Planned | None = None
+        """What the last call planned."""
         self._planner = planner
         self._window = ObservationWindow(planner.spec, timing.n_obs_steps, num_envs)
-        self._ends = DiscreteEnds(planner.spec.action)
+        self._ends = DiscreteEnds(planner.spec.action, num_envs, hysteresis=planner.hysteresis)
         # how far each row has played: small, read every step, so kept on the CPU; chunks stay with the environments
         self._step = torch.full((num_envs,), self.timing.n_action_steps)
         self._chunk: Tensor | None = None
@@ -46,7 +62,7 @@ class ChunkActor:
         """
         self._window.push(frame)
         stale = self._step >= self.timing.n_action_steps
-        self.replanned = bool(stale.any())
+        self.replanned, self.planned = bool(stale.any()), None
         if self.replanned:
             self._replan(stale, generator)
         assert self._chunk is not None
@@ -58,6 +74,7 @@ class ChunkActor:
         """Forget window and chunk of `rows` [N] bool (None: of all); call whenever those environments reset."""
         self._window.reset(rows)
         self._planner.reset(rows)
+        self._ends.reset(rows)
         self._step[slice(None) if rows is None else rows.cpu()] = self.timing.n_action_steps
 
     def _replan(self, stale: Tensor, generator: Rng) -> None:
@@ -66,6 +83,7 @@ class ChunkActor:
         if len(rows) < self.num_envs:
             obs, generator = obs.take(rows), take_generators(generator, rows)
         chunk = self._planner(obs, rows, shift=self._step[rows], generator=generator)
+        self.planned = Planned(rows=rows, diagnostics=self._planner.diagnostics)
         if self._chunk is None:
             self._chunk = chunk.new_empty(self.num_envs, *chunk.shape[1:])
         self._chunk[rows] = chunk
@@ -107,27 +125,44 @@ class ObservationWindow:
 
 
 class DiscreteEnds:
-    """Rounds the discrete dimensions of an action to the nearer end of their range."""
+    """Rounds the discrete dimensions of an action to the nearer end of their range.
 
-    def __init__(self, action: ActionSpec) -> None:
+    With hysteresis a dimension stays at its end until the action is past the middle by `hysteresis` of half the range,
+    so that a value that trembles around the middle does not open and close a gripper.
+
+    Args:
+        action: which dimensions are discrete, and their ends.
+        num_envs: rows N of the actions to round; needed for hysteresis alone.
+        hysteresis: in [0, 1).
+    """
+
+    def __init__(self, action: ActionSpec, num_envs: int = 1, *, hysteresis: float = 0.0) -> None:
+        if not 0.0 <= hysteresis < 1.0:
+            raise ValueError(f"hysteresis must be in [0, 1); got {hysteresis}.")
         self._any = any(action.discrete)
         self._discrete = torch.tensor(action.discrete)
         self._low, self._high = torch.tensor(action.low), torch.tensor(action.high)
+        self._hysteresis = hysteresis
+        self._side = torch.zeros(
+            num_envs, action.dim
+        )  # 1 at the high end, -1 at the low one, 0 before the first action
 
     def round(self, action: Tensor) -> Tensor:
         """[N, A] -> [N, A]."""
         if not self._any:
             return action
         if self._discrete.device != action.device:
-            self._discrete, self._low, self._high = (
-                x.to(action.device) for x in (self._discrete, self._low, self._high)
+            self._discrete, self._low, self._high, self._side = (
+                x.to(action.device) for x in (self._discrete, self._low, self._high, self._side)
             )
-        ends = torch.where(action >= (self._low + self._high) / 2, self._high, self._low)
-        return torch.where(self._discrete, ends, action)
+        middle = (self._low + self._high) / 2
+        if self._hysteresis:
+            middle = middle - self._side * self._hysteresis * (self._high - self._low) / 2
+        up = action >= middle
+        if self._hysteresis:
+            self._side = up.to(self._side.dtype).mul_(2).sub_(1)
+        return torch.where(self._discrete, torch.where(up, self._high, self._low), action)
 
-
-def take_generators(generator: Rng, rows: Tensor) -> Rng:
-    """Return the generators of `rows` [K] int where there is one per row; a single one serves any rows."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return generator
-    return [generator[row] for row in rows.tolist()]
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Forget the ends of `rows` [N] bool (None: all)."""
+        self._side[slice(None) if rows is None else rows.to(self._side.device)] = 0.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from robopolicy.errors import RobopolicyError, ShapeError
 from robopolicy.normalize import Normalizer
 from robopolicy.rng import Rng
 from robopolicy.timing import ChunkTiming
-from robopolicy.types import Batch, Observation, TaskSpec
+from robopolicy.types import Batch, Observation, TaskSpec, check_shape
 
 
 class Policy(nn.Module, abc.ABC):
@@ -24,11 +26,11 @@ class Policy(nn.Module, abc.ABC):
     action_low: Tensor
     action_high: Tensor
 
-    def __init__(self, spec: TaskSpec, *, timing: ChunkTiming) -> None:
+    def __init__(self, spec: TaskSpec, *, timing: ChunkTiming, discrete_scale: float = 1.0) -> None:
         super().__init__()
         self.spec = spec
         self.timing = timing
-        self.norm = Normalizer(spec)
+        self.norm = Normalizer(spec, discrete_scale=discrete_scale)
         self.register_buffer("action_low", torch.tensor(spec.action.low, dtype=torch.float32), persistent=False)
         self.register_buffer("action_high", torch.tensor(spec.action.high, dtype=torch.float32), persistent=False)
         self._shapes = {name: (timing.n_obs_steps, *m.shape) for name, m in spec.observation.items()}
@@ -41,6 +43,37 @@ class Policy(nn.Module, abc.ABC):
     @abc.abstractmethod
     def act(self, obs: Observation, *, guess: Tensor | None = None, generator: Rng = None) -> Tensor:
         """Return the chunk [B, H, A] in environment units, starting from `guess` [B, H, A] if given."""
+
+    def network_calls(self) -> int:
+        """Return how often the network runs per chunk without a guess; one unless a method says otherwise."""
+        return 1
+
+    def check_saved(self, config: Mapping[str, Any]) -> None:
+        """Raise RobopolicyError if this policy would give another meaning to the weights that were trained as `config`.
+
+        Args:
+            config: the policy's config as it was saved, before anything was changed on the command line.
+        """
+
+    def check_inputs(self, obs: Observation, guess: Tensor | None = None) -> None:
+        """Raise unless the state modalities of `obs`, and `guess` [B, H, A] if given, are finite and of known shape.
+
+        Raises:
+            RobopolicyError: a value is not a number, or is infinite.
+            ShapeError: `guess` is no chunk of each row.
+        """
+        for name, shape in self._shapes.items():
+            value = self._window(obs, name, shape)
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                rows = (~value.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+                raise RobopolicyError(
+                    f"Observation {name!r} has values that are not finite in row{'s' * (len(rows) > 1)} "
+                    f"{', '.join(map(str, rows))}; a policy can only act on finite numbers."
+                )
+        if guess is not None:
+            check_shape("guess", guess, "B H A", B=obs.batch_size, H=self.timing.horizon, A=self.spec.action.dim)
+            if not bool(guess.isfinite().all()):
+                raise RobopolicyError("The guess has values that are not finite; leave it out to plan anew.")
 
     def forward(self, batch: Batch, *, generator: Rng = None) -> Tensor:
         return self.loss(batch, generator=generator)

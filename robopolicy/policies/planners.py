@@ -5,6 +5,7 @@ Evaluation and deployment play chunks by different clocks, but plan with the sam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -22,7 +23,16 @@ class Planner(Protocol):
     def spec(self) -> TaskSpec: ...
 
     @property
-    def timing(self) -> ChunkTiming: ...
+    def timing(self) -> ChunkTiming:
+        """The policy's, with the number of steps after which this planner wants to be asked again."""
+
+    @property
+    def hysteresis(self) -> float:
+        """For whoever executes the chunks: see `actors.DiscreteEnds`."""
+
+    @property
+    def diagnostics(self) -> Mapping[str, Tensor]:
+        """What the last call says of each of its rows, name to [K]; may be empty."""
 
     def __call__(self, obs: Observation, rows: Tensor, *, shift: Tensor, generator: Rng = None) -> Tensor:
         """Return the chunks [K, H, A] of the environments `rows`, in environment units, on the device of `obs`.
@@ -40,9 +50,11 @@ class Planner(Protocol):
 
 
 class FreshPlanner:
-    """Plans every chunk anew: nothing is remembered."""
+    """Plans every chunk anew: nothing is remembered, so `num_envs` is of no account; all planners are built alike."""
 
-    def __init__(self, policy: Policy) -> None:
+    hysteresis = 0.0
+
+    def __init__(self, policy: Policy, num_envs: int | None = None) -> None:
         self._policy = policy
 
     @property
@@ -52,6 +64,11 @@ class FreshPlanner:
     @property
     def timing(self) -> ChunkTiming:
         return self._policy.timing
+
+    @property
+    def diagnostics(self) -> Mapping[str, Tensor]:
+        found = getattr(self._policy, "last_diagnostics", None)  # policies that think for a time of their own have them
+        return {} if found is None else dict(vars(found))
 
     def __call__(self, obs: Observation, rows: Tensor, *, shift: Tensor, generator: Rng = None) -> Tensor:
         there = next(iter(obs.modalities.values())).device

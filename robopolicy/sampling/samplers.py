@@ -144,7 +144,7 @@ def run_steps(field: Field, start: Tensor, steps: Sequence[Step], *, clip: bool,
         output = field(x, level)
         if output.dtype != x.dtype:  # mixed precision: the chain itself stays in the start's
             output = output.to(x.dtype)
-        clean = _combine(step.clean, x, output)
+        clean = combine(step.clean, x, output)
         following = clean.clamp(-1.0, 1.0).mul_(step.from_clean) if clip else clean * step.from_clean
         if step.from_x:
             following.add_(x, alpha=step.from_x)
@@ -164,21 +164,21 @@ def ddpm_steps(schedule: NoiseSchedule, prediction: Prediction, levels: tuple[in
     Raises:
         ValueError: `levels` is empty, not strictly descending, or leaves the schedule.
     """
-    steps = []
-    for level, here, there in _pairs(schedule, prediction, levels):
-        ratio = here / there  # alpha of the whole stride
-        beta = 1 - ratio
-        steps.append(
-            Step(
-                level=level,
-                clean=clean_from(prediction, here),
-                from_clean=there**0.5 * beta / (1 - here),
-                from_x=ratio**0.5 * (1 - there) / (1 - here),
-                from_output=0.0,
-                noise_std=((1 - there) / (1 - here) * beta) ** 0.5,
-            )
-        )
-    return tuple(steps)
+    return tuple(posterior_step(prediction, *pair) for pair in _pairs(schedule, prediction, levels))
+
+
+def posterior_step(prediction: Prediction, level: int, here: float, there: float) -> Step:
+    """Return the weights of q(x_there | x_here, clean) between two alpha_bars, the network being asked at `level`."""
+    ratio = here / there  # alpha of the whole stride
+    beta = 1 - ratio
+    return Step(
+        level=level,
+        clean=clean_from(prediction, here),
+        from_clean=there**0.5 * beta / (1 - here),
+        from_x=ratio**0.5 * (1 - there) / (1 - here),
+        from_output=0.0,
+        noise_std=((1 - there) / (1 - here) * beta) ** 0.5,
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -246,7 +246,8 @@ def _pairs(
     return list(zip(levels, alpha_bar[:-1], alpha_bar[1:], strict=True))
 
 
-def _combine(weights: Linear, x: Tensor, output: Tensor) -> Tensor:
+def combine(weights: Linear, x: Tensor, output: Tensor) -> Tensor:
+    """Return the linear map of `weights`, [B, H, A]."""
     if weights.x_weight == 0.0 and weights.output_weight == 1.0:
         return output
     return torch.add(output * weights.output_weight, x, alpha=weights.x_weight)

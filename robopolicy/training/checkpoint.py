@@ -129,6 +129,7 @@ def load(
         saved.require_same(spec, mine=f"The policy in {folder}", theirs="the task")
     try:
         policy = build(config["policy"], saved)
+        policy.check_saved(config["policy"])  # `build` may have changed what it was given
         policy.load_state_dict(read_weights(folder))
     except CheckpointError:
         raise
