@@ -17,7 +17,7 @@ from torch import Tensor
 from robopolicy.errors import RobopolicyError
 
 from . import physx_ik
-from .physx_kinematics import FIXED, PRISMATIC, REVOLUTE
+from .physx_kinematics import FIXED, PRISMATIC, REVOLUTE, quaternion_product
 from .physx_threads import worker_pool
 
 ROWS_PER_TASK = 4
@@ -27,30 +27,17 @@ ROWS_PER_TASK = 4
 @numba.njit(cache=True, nogil=True, inline="always")
 def _multiply(a: Any, b: Any) -> Any:
     """Return the product of two float32 quaternions with w >= 0, in ManiSkill's order of operations."""
-    w = a[0] * b[0] - a[1] * b[1] - a[2] * b[2] - a[3] * b[3]
-    x = a[0] * b[1] + a[1] * b[0] + a[2] * b[3] - a[3] * b[2]
-    y = a[0] * b[2] - a[1] * b[3] + a[2] * b[0] + a[3] * b[1]
-    z = a[0] * b[3] + a[1] * b[2] - a[2] * b[1] + a[3] * b[0]
+    w, x, y, z = quaternion_product(a, b)
     if w < np.float32(0.0):
         return -w, -x, -y, -z
     return w, x, y, z
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _raw_multiply(a: Any, b: Any) -> Any:
-    return (
-        a[0] * b[0] - a[1] * b[1] - a[2] * b[2] - a[3] * b[3],
-        a[0] * b[1] + a[1] * b[0] + a[2] * b[3] - a[3] * b[2],
-        a[0] * b[2] - a[1] * b[3] + a[2] * b[0] + a[3] * b[1],
-        a[0] * b[3] + a[1] * b[2] - a[2] * b[1] + a[3] * b[0],
-    )
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
 def _apply(q: Any, v: Any) -> Any:
     """Rotate the float32 vector `v` by `q`, in ManiSkill's order of operations."""
     zero = np.float32(0.0)
-    out = _raw_multiply(_raw_multiply(q, (zero, v[0], v[1], v[2])), (q[0], -q[1], -q[2], -q[3]))
+    out = quaternion_product(quaternion_product(q, (zero, v[0], v[1], v[2])), (q[0], -q[1], -q[2], -q[3]))
     return out[1], out[2], out[3]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import physx_kinematics as kinematics
 from .physx_contacts import ContactReader, ImpulseQuery
+from .physx_native import addresses, advance_without_lock
 from .physx_threads import WorkerPool, worker_pool
 
 _BODY = 13
@@ -27,6 +28,8 @@ _BODY = 13
 _TO_MANISKILL = np.array([4, 5, 6, 0, 1, 2, 3, 7, 8, 9, 10, 11, 12])
 """ManiSkill's order of the same: position, quaternion, velocities."""
 _POSE_TOLERANCE = 2e-5
+_PARTS_PER_THREAD = 4
+"""Scenes are handed out in this many parts per thread: a part that takes longer is made up for by the others."""
 
 
 class Buffer:
@@ -39,38 +42,6 @@ class Buffer:
         return self._tensor
 
 
-class _ArticulationTable:
-    """Constant data of all articulations, flat over links, as `physx_kinematics` wants it."""
-
-    def __init__(self, articulations: Sequence[Any], first_row: int) -> None:
-        self.first_link = np.zeros(len(articulations) + 1, np.int64)
-        parent, kind, index, in_parent, child_inverse = [], [], [], [], []
-        for a, articulation in enumerate(articulations):
-            links, base = articulation.links, int(self.first_link[a])
-            active = list(articulation.active_joints)
-            position = {link: i for i, link in enumerate(links)}
-            for link in links:
-                joint, up = link.joint, link.parent
-                if up is not None and joint.type not in kinematics.JOINT_TYPES:
-                    raise NotImplementedError(
-                        f"A joint of type {joint.type!r} ({joint.name}) cannot be batched on the CPU."
-                    )
-                parent.append(-1 if up is None else base + position[up])
-                kind.append(kinematics.FIXED if up is None else kinematics.JOINT_TYPES[joint.type])
-                index.append(active.index(joint) if joint in active else -1)
-                in_parent.append(_vector(joint.pose_in_parent))
-                child_inverse.append(_vector(joint.pose_in_child.inv()))
-            self.first_link[a + 1] = base + len(links)
-        count = len(parent)
-        self.parent, self.kind = np.array(parent, np.int64), np.array(kind, np.int64)
-        self.q_index = np.array(index, np.int64)
-        self.in_parent = np.array(in_parent, float).reshape(count, 7)
-        self.child_inverse = np.array(child_inverse, float).reshape(count, 7)
-        self.row = first_row + np.arange(count, dtype=np.int64)
-        self.root_row = self.row[self.first_link[:-1]]
-        self.sign = np.ones(count)
-
-
 class PhysxCpuBatch:
     """The scenes `systems`, one per environment, as one system; names without underscore follow `PhysxGpuSystem`."""
 
@@ -79,6 +50,8 @@ class PhysxCpuBatch:
         self._pool = pool or worker_pool()
         self._initialised = False
         self._contacts = ContactReader(self.systems)
+        self._advance = advance_without_lock()
+        self._addresses: NDArray[np.int64] | None = None
 
     @property
     def timestep(self) -> float:
@@ -130,7 +103,7 @@ class PhysxCpuBatch:
                     pack_articulation.append(offset)
                     offset += _BODY + 4 * link.articulation.dof
         self._kinematic = np.array([body.kinematic for body in self._bodies], bool)
-        self._table = _ArticulationTable(self._articulations, len(self._bodies))
+        self._table = kinematics.ArticulationTable(self._articulations, len(self._bodies))
         self._allocate()
         self._index_pack(np.array(pack_body, np.int64), np.array(pack_articulation, np.int64), offset)
         self._initialised = True
@@ -158,6 +131,10 @@ class PhysxCpuBatch:
         self._seen_target = np.zeros_like(self._target)
         self._seen_target_velocity = np.zeros_like(self._target)
         self._joints = [list(a.active_joints) for a in self._articulations]
+        self._setters = {
+            name: [[getattr(joint, name) for joint in joints] for joints in self._joints]
+            for name in ("set_drive_target", "set_drive_velocity_target")
+        }
         self._driven = [
             any(float(np.max(j.stiffness)) != 0 or float(np.max(j.damping)) != 0 for j in joints)
             for joints in self._joints
@@ -194,7 +171,9 @@ class PhysxCpuBatch:
         self._seen_target[:], self._seen_target_velocity[:] = self._target, self._target_velocity
         self.fetch()
         table, links = self._table, [link for a in self._articulations for link in a.links]
-        true = np.array([_vector(x.entity_pose) for x in [*self._bodies, *links]], np.float64).reshape(-1, 7)
+        true = np.array([kinematics.pose_numbers(x.entity_pose) for x in [*self._bodies, *links]], np.float64).reshape(
+            -1, 7
+        )
         mine = self._body[:, :7].astype(np.float64)
         table.sign[:] = np.where((mine[table.row, 3:] * true[table.row, 3:]).sum(1) < 0, -1.0, 1.0)
         mine[table.row, 3:] *= table.sign[:, None]
@@ -355,11 +334,13 @@ class PhysxCpuBatch:
         self._apply_targets(self._target_velocity, self._seen_target_velocity, "set_drive_velocity_target")
 
     def _apply_targets(self, target: NDArray[np.float32], seen: NDArray[np.float32], setter: str) -> None:
-        values = target.tolist()
-        for i, joints in enumerate(self._joints):
-            if self._driven[i] or (target[i] != seen[i]).any():
-                for joint, value in zip(joints, values[i], strict=False):
-                    getattr(joint, setter)(value)
+        changed = (target != seen).any(1)
+        for setters, values, driven, new in zip(
+            self._setters[setter], target.tolist(), self._driven, changed.tolist(), strict=True
+        ):
+            if driven or new:
+                for set_value, value in zip(setters, values, strict=False):
+                    set_value(value)
         np.copyto(seen, target)
 
     def gpu_update_articulation_kinematics(self) -> None:
@@ -369,19 +350,29 @@ class PhysxCpuBatch:
         """Nothing to do: the scenes are on the CPU."""
 
     # ---- stepping ----------------------------------------------------------------------------------------------------
+    def replace_system(self, scene: int, system: physx.PhysxCpuSystem) -> None:
+        """Simulate environment `scene` by `system` from now on."""
+        self.systems[scene] = system
+        self._addresses = None
+
     def step(self) -> None:
         """Advance every scene by one time step."""
         self.step_many(1)
 
     def step_many(self, count: int) -> None:
         """Advance every scene by `count` time steps; scenes are spread over the threads."""
-
-        def advance(system: physx.PhysxCpuSystem) -> None:
-            for _ in range(count):
-                system.step()
-
         self._contacts.forget_all()
-        self._pool.map(advance, self.systems)
+        if self._advance is None:
+            for system in self.systems:
+                for _ in range(count):
+                    system.step()
+            return
+        if self._addresses is None:
+            self._addresses = addresses(self.systems)
+        where, advance = self._addresses, self._advance
+        size = max(1, len(where) // (_PARTS_PER_THREAD * self._pool.size))
+        parts = [where[i : i + size] for i in range(0, len(where), size)]
+        self._pool.map(lambda part: advance(part, count), parts)
 
     # ---- contacts ----------------------------------------------------------------------------------------------------
     def get_contacts(self) -> list[Any]:
@@ -399,7 +390,3 @@ class PhysxCpuBatch:
 
     def gpu_query_contact_body_impulses(self, query: ImpulseQuery) -> None:
         self._contacts.read(query)
-
-
-def _vector(pose: sapien.Pose) -> NDArray[np.float32]:
-    return np.concatenate([pose.p, pose.q])

@@ -19,7 +19,7 @@ SMALL_ANGLE = float(np.finfo(np.float64).eps ** 0.25)
 """Below it Pinocchio uses the first terms of the series."""
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _chain(fixed: Floats, kind: NDArray[np.int64], q: Floats, axes: Floats, points: Floats, frame: Floats) -> None:
     """Run along the chain: joint axes and origins [n, 3] in the base frame, `frame` [3, 4] of the last joint's link.
 
@@ -61,7 +61,7 @@ def _chain(fixed: Floats, kind: NDArray[np.int64], q: Floats, axes: Floats, poin
     frame[2, 0], frame[2, 1], frame[2, 2], frame[2, 3] = r20, r21, r22, z
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _log6(m: Floats, out: Floats, turn: Floats, mix: Floats) -> None:
     """Write the logarithm `out` [v, w] of the rigid motion `m` [3, 4].
 
@@ -128,7 +128,7 @@ def _log6(m: Floats, out: Floats, turn: Floats, mix: Floats) -> None:
         mix[2, k] = c20 * turn[0, k] + c21 * turn[1, k] + c22 * turn[2, k]
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _relative(frame: Floats, goal: Floats, out: Floats) -> None:
     """Write frame^-1 * goal, all [3, 4]."""
     dx, dy, dz = goal[0, 3] - frame[0, 3], goal[1, 3] - frame[1, 3], goal[2, 3] - frame[2, 3]
@@ -139,7 +139,7 @@ def _relative(frame: Floats, goal: Floats, out: Floats) -> None:
         out[i, 3] = f0 * dx + f1 * dy + f2 * dz
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _jacobian(
     kind: NDArray[np.int64], axes: Floats, points: Floats, frame: Floats, turn: Floats, mix: Floats, jac: Floats
 ) -> None:
@@ -164,7 +164,7 @@ def _jacobian(
             jac[i + 3, k] = turn[i, 0] * wx + turn[i, 1] * wy + turn[i, 2] * wz
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _damped_step(jac: Floats, free: NDArray[np.bool_], err: Floats, work: Floats, y: Floats, q: Floats) -> None:
     """Move `q` by STEP * J^T (J J^T + DAMPING)^-1 err, by a Cholesky factor of the 6x6 matrix in `work`."""
     n = q.shape[0]
@@ -195,7 +195,7 @@ def _damped_step(jac: Floats, free: NDArray[np.bool_], err: Floats, work: Floats
             q[k] += STEP * s
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def solve(
     fixed: Floats, kind: NDArray[np.int64], free: NDArray[np.bool_], goal: Floats, start: Floats, out: Floats
 ) -> NDArray[np.bool_]:

@@ -41,7 +41,7 @@ class BatchedScene(ManiSkillScene):
             for entity in entities:
                 new.add_entity(entity)
             self.sub_scenes[i] = new
-            self.px.systems[i] = system
+            self.px.replace_system(i, system)
 
     def _gpu_apply_all(self) -> None:
         self.px.apply_state()

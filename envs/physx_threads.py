@@ -1,4 +1,4 @@
-"""Threads that step PhysX scenes side by side; `PhysxCpuSystem.step` releases Python's global lock."""
+"""Threads that run compiled code which needs no lock of Python's (PhysX steps, inverse kinematics) side by side."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class WorkerPool:
     """`size` threads, the caller's among them, that share out the items of one list."""
 
     def __init__(self, size: int) -> None:
+        self.size = size
         self._lock = threading.Lock()
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._tasks: list[queue.SimpleQueue[tuple[Callable[[Any], None], Iterator[Any]]]] = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robopolicy.envs.batched_cpu import make_batched
+from robopolicy.envs.physx_native import addresses, advance_without_lock
 from robopolicy.envs.physx_threads import WorkerPool, thread_count
 from robopolicy.envs.rendering import inert_materials, load_maniskill, render_backend
 from robopolicy.errors import MissingRequirementError, RobopolicyError, ShapeError, UnknownNameError
@@ -92,6 +93,29 @@ def test_a_row_does_not_depend_on_size_neighbours_threads_or_history(
     with batch(env_id, 1, control_mode=mode) as env:
         for i in (9, 2):  # one scene after the other: what came before must not matter either
             torch.testing.assert_close(rollout(env, [seeds[i]], acts[:, i : i + 1])[:, 0], many[:, i], atol=0, rtol=0)
+
+
+@sim
+def test_stepping_leaves_pythons_lock_to_other_threads() -> None:
+    advance = advance_without_lock()
+    assert advance is not None, "the SAPIEN of this test run exports what it takes"
+    with batch("PushCube-v1", 2, control_mode="pd_joint_delta_pos") as env:
+        env.reset(seed=[0, 1])
+        where = addresses(env.scene.px.systems)
+        advance(where, 1)  # compiled here
+        stepping = threading.Thread(target=advance, args=(where, 20_000))  # long: about half a second
+        stepping.start()
+        assert stepping.is_alive(), "this thread had to wait until all steps were done"
+        stepping.join()
+
+
+@sim
+def test_without_the_library_steps_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    with batch("PickCube-v1", 2, control_mode="pd_joint_delta_pos") as env:
+        acts = actions(env, 10)
+        fast = rollout(env, [3, 4], acts)
+        monkeypatch.setattr(env.scene.px, "_advance", None)
+        assert torch.equal(rollout(env, [3, 4], acts), fast)
 
 
 @sim
