@@ -13,7 +13,7 @@ from torch import nn
 from robopolicy.nn.dit import ChunkDiT
 from robopolicy.nn.encoder import ObservationEncoder
 from robopolicy.nn.image import ImageEncoder, centre_crop, random_crop, spatial_softmax
-from robopolicy.nn.layers import SinusoidalEmbedding
+from robopolicy.nn.layers import MOST_ROWS_AHEAD, SinusoidalEmbedding, ahead
 from robopolicy.nn.mlp import ChunkMLP
 from robopolicy.nn.unet import ChunkUNet
 
@@ -81,6 +81,24 @@ def test_whole_and_float_levels_agree(net, inputs):
     torch.testing.assert_close(net(x, t.float(), cond), net(x, t, cond), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_levels", [1, 3, MOST_ROWS_AHEAD // BATCH + 2])
+def test_levels_worked_out_ahead_change_nothing(net, inputs, num_levels):
+    x, _, cond = inputs
+    levels = [level % 100 for level in range(num_levels)]
+    with torch.no_grad():
+        outputs = [apply(x) for apply in ahead(net, levels, cond)]
+        assert len(outputs) == num_levels
+        for level, output in zip(levels[-3:], outputs[-3:], strict=True):
+            torch.testing.assert_close(output, net(x, torch.full((BATCH,), level), cond), rtol=1e-5, atol=1e-5)
+
+
+def test_any_network_may_be_asked_ahead(inputs):
+    x, _, cond = inputs
+    (first, second) = ahead(lambda x, t, cond: x + t[:, None, None] + cond.sum(), [3, 1], cond)
+    assert torch.equal(first(x), x + 3 + cond.sum())
+    assert torch.equal(second(x), x + 1 + cond.sum())
+
+
 def test_weights_survive_a_state_dict(net, inputs):
     other = copy.deepcopy(net)
     for parameter in other.parameters():
@@ -98,7 +116,7 @@ def test_dit_blocks_start_as_the_identity():
     torch.manual_seed(0)
     for block in ChunkDiT(ACTION, HORIZON, COND, width=32, num_heads=2).blocks:
         h = torch.randn(2, HORIZON, 32)
-        assert torch.equal(block(h, torch.randn(2, 32)), h)
+        assert torch.equal(block(h, block.modulation(torch.randn(2, 32))), h)
 
 
 def test_sizes_are_as_documented():

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from robopolicy.nn.layers import SinusoidalEmbedding, modulated_norm, zero_
+from robopolicy.nn.layers import ChunkNetwork, SinusoidalEmbedding, modulated_norm, zero_
 
 
-class ChunkDiT(nn.Module):
+class ChunkDiT(ChunkNetwork):
     """Denoiser in which every action of the chunk attends to every other.
 
     Raises:
@@ -44,13 +44,18 @@ class ChunkDiT(nn.Module):
         self.modulation = zero_(nn.Linear(width, 2 * width))
         self.out = zero_(nn.Linear(width, action_dim))
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """x [B, H, A], t [B], cond [B, D] -> [B, H, A]."""
+    def condition(self, t: Tensor, cond: Tensor) -> tuple[Tensor, ...]:
+        """t [B], cond [B, D] -> modulation of each block [B, 6 W], then of the output [B, 2 W]."""
         c = self.cond(torch.cat([self.time(t), cond], dim=-1))
+        layers = [block.get_submodule("modulation") for block in self.blocks]
+        return tuple(layer(c) for layer in (*layers, self.modulation))
+
+    def denoise(self, x: Tensor, *condition: Tensor) -> Tensor:
+        """x [B, H, A] and what `condition` returned -> [B, H, A]."""
         h = self.into(x) + self.position
-        for block in self.blocks:
-            h = block(h, c)
-        scale, shift = rearrange(self.modulation(c), "b (two w) -> two b 1 w", two=2)
+        for block, modulation in zip(self.blocks, condition[:-1], strict=True):
+            h = block(h, modulation)
+        scale, shift = rearrange(condition[-1], "b (two w) -> two b 1 w", two=2)
         return self.out(modulated_norm(h, 1 + scale, shift))
 
 
@@ -65,9 +70,9 @@ class _Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Dropout(dropout), nn.Linear(4 * width, width)
         )
 
-    def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        """h [B, H, W], c [B, W] -> [B, H, W]."""
-        scale1, shift1, gate1, scale2, shift2, gate2 = rearrange(self.modulation(c), "b (six w) -> six b 1 w", six=6)
+    def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
+        """h [B, H, W], modulation [B, 6 W] -> [B, H, W]."""
+        scale1, shift1, gate1, scale2, shift2, gate2 = rearrange(modulation, "b (six w) -> six b 1 w", six=6)
         q, k, v = rearrange(
             self.qkv(modulated_norm(h, 1 + scale1, shift1)),
             "b h (three n d) -> three b n h d",

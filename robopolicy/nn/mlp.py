@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from robopolicy.nn.layers import SinusoidalEmbedding, modulated_norm, zero_
+from robopolicy.nn.layers import ChunkNetwork, SinusoidalEmbedding, modulated_norm, zero_
 
 
-class ChunkMLP(nn.Module):
+class ChunkMLP(ChunkNetwork):
     """Denoiser whose residual blocks see the whole chunk; level and observation scale and shift each block (FiLM).
 
     Each block adds `width -> width -> width`; its last layer starts at zero. The observation also enters beside the
@@ -43,12 +43,20 @@ class ChunkMLP(nn.Module):
         self.second = nn.ModuleList(zero_(nn.Linear(width, width)) for _ in range(depth))
         self.out = zero_(nn.Linear(width, horizon * action_dim))
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """x [B, H, A], t [B], cond [B, D] -> [B, H, A]."""
+    def condition(self, t: Tensor, cond: Tensor) -> tuple[Tensor, ...]:
+        """t [B], cond [B, D] -> the observation's part of the first layer, gains and shifts of the blocks, each [B, W]."""
         film = self.film(self.cond(torch.cat([self.time(t), cond], dim=-1)))
         scale, shift = film.chunk(2, dim=-1)
-        gains, shifts = (1 + scale).chunk(len(self.first) + 1, dim=-1), shift.chunk(len(self.first) + 1, dim=-1)
-        h = self.into(torch.cat([rearrange(x, "b h a -> b (h a)"), cond], dim=-1))
+        parts = len(self.first) + 1
+        entry = F.linear(cond, self.into.weight[:, -cond.shape[-1] :], self.into.bias)
+        return entry, *(1 + scale).chunk(parts, dim=-1), *shift.chunk(parts, dim=-1)
+
+    def denoise(self, x: Tensor, *condition: Tensor) -> Tensor:
+        """x [B, H, A] and what `condition` returned -> [B, H, A]."""
+        entry, *film = condition
+        gains, shifts = film[: len(film) // 2], film[len(film) // 2 :]
+        flat = rearrange(x, "b h a -> b (h a)")
+        h = torch.addmm(entry, flat, self.into.weight[:, : flat.shape[-1]].t())
         for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
             hidden = F.silu(first(modulated_norm(h, gains[i], shifts[i])))
             if self.dropout:

@@ -6,16 +6,17 @@ resolution, Mish, group norm; the finest skip is unused, as in the original.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from robopolicy.nn.layers import SinusoidalEmbedding
+from robopolicy.nn.layers import ChunkNetwork, SinusoidalEmbedding
 
 
-class ChunkUNet(nn.Module):
+class ChunkUNet(ChunkNetwork):
     """Denoiser that halves the chunk's time axis once per entry of `down_dims` after the first.
 
     Raises:
@@ -61,20 +62,28 @@ class ChunkUNet(nn.Module):
             _ConvBlock(dims[0], dims[0], kernel_size, num_groups), nn.Conv1d(dims[0], action_dim, 1)
         )
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """x [B, H, A], t [B], cond [B, D] -> [B, H, A]."""
-        cond = torch.cat([self.time(t), cond], dim=-1)
+    def condition(self, t: Tensor, cond: Tensor) -> tuple[Tensor, ...]:
+        """t [B], cond [B, D] -> scale and shift of each residual block [B, 2 C], in the order of use."""
+        c = torch.cat([self.time(t), cond], dim=-1)
+        return tuple(block.film(c) for stage in self._stages() for block in (stage.first, stage.second))
+
+    def denoise(self, x: Tensor, *condition: Tensor) -> Tensor:
+        """x [B, H, A] and what `condition` returned -> [B, H, A]."""
+        films = iter(condition)
         h = rearrange(x, "b h a -> b a h")
         skips: list[Tensor] = []
         for i, down in enumerate(self.down):
-            h = down(h, cond)
+            h = down(h, next(films), next(films))
             skips.append(h)
             if i < len(self.shrink):
                 h = self.shrink[i](h)
-        h = self.middle(h, cond)
+        h = self.middle(h, next(films), next(films))
         for up, grow in zip(self.up, self.grow, strict=True):
-            h = grow(up(torch.cat([h, skips.pop()], dim=1), cond))
+            h = grow(up(torch.cat([h, skips.pop()], dim=1), next(films), next(films)))
         return rearrange(self.out(h), "b a h -> b h a")
+
+    def _stages(self) -> Iterator[_Stage]:
+        yield from itertools.chain(self.down, [self.middle], self.up)
 
 
 class _ConvBlock(nn.Sequential):
@@ -92,9 +101,9 @@ class _Stage(nn.Module):
         self.first = _FilmBlock(into, out, cond_dim, kernel_size, num_groups)
         self.second = _FilmBlock(out, out, cond_dim, kernel_size, num_groups)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """x [B, C, H], cond [B, D] -> [B, C', H]."""
-        return self.second(self.first(x, cond), cond)
+    def forward(self, x: Tensor, film1: Tensor, film2: Tensor) -> Tensor:
+        """x [B, C, H], each block's scale and shift [B, 2 C'] -> [B, C', H]."""
+        return self.second(self.first(x, film1), film2)
 
 
 class _FilmBlock(nn.Module):
@@ -107,7 +116,7 @@ class _FilmBlock(nn.Module):
         self.film = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, 2 * out))
         self.residual = nn.Conv1d(into, out, 1) if into != out else nn.Identity()
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """x [B, C, H], cond [B, D] -> [B, C', H]."""
-        scale, shift = rearrange(self.film(cond), "b (two c) -> two b c 1", two=2)
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        """x [B, C, H], scale and shift [B, 2 C'] -> [B, C', H]."""
+        scale, shift = rearrange(film, "b (two c) -> two b c 1", two=2)
         return self.second(torch.addcmul(shift, self.first(x), scale)) + self.residual(x)
