@@ -21,6 +21,7 @@ from torch import Tensor
 from robopolicy.errors import MissingRequirementError, RobopolicyError, ShapeError, UnknownNameError
 from robopolicy.types import Frame, TaskSpec, check_shape
 
+from .distances import DISTANCES
 from .rendering import inert_materials, load_maniskill, quiet_drivers, require_rendering
 from .specs import OBS_MODES, build_stock, flatten_observation, require_assets, task_spec
 from .tasks import Task, find_task
@@ -221,7 +222,7 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
 
         Returns:
             frame, reward [N] float32, terminated [N] bool (success or failure), truncated [N] bool (out of steps), and
-            info with `success` [N] bool and `elapsed_steps` [N].
+            info with `success` [N] bool, `elapsed_steps` [N], and `distance` [N] to success in metres (some tasks).
 
         Raises:
             ShapeError: `actions` is not [N, A].
@@ -300,6 +301,8 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
     def _info(self, info: Info) -> Info:
         out = {key: value.clone() if isinstance(value, Tensor) else value for key, value in info.items()}
         out["elapsed_steps"] = self.base_env.elapsed_steps.clone()
+        if (distance := DISTANCES.get(self.task.name)) is not None:
+            out["distance"] = distance(self.base_env)
         out.setdefault("success", torch.zeros(self.num_envs, dtype=torch.bool, device=self.device))
         return out
 

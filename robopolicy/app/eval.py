@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
-    from robopolicy.evaluation.rollout import EvalResult
+    from robopolicy.evaluation.rollout import Actor, EvalResult
+    from robopolicy.evaluation.statistics import Latency
     from robopolicy.policies.base import Policy
     from robopolicy.policies.planners import Planner
     from robopolicy.training.checkpoint import LoadedPolicy
-    from robopolicy.types import Environment, Frame
+    from robopolicy.types import Environment
 
 EXAMPLES: tuple[tuple[str, str], ...] = (
     ("robopolicy eval checkpoint=pick_cube", "100 episodes of the run's last step, success with its 95 % interval"),
@@ -82,9 +84,11 @@ def run_one(cfg: DictConfig) -> dict[str, Any]:
     job = _prepared(cfg)
     earlier = results.require_free(job.folder, job.settings, overwrite=cfg.overwrite)
     with threads(cfg.num_threads or (1 if not _sees_images(job.loaded) else None)):
-        result, latency = _measured(job, console)
+        result, times = _measured(job, console)
         with atomic.new_folder(job.folder) as staged:
-            info = _described(job, result, latency, _film(job, result, staged, console) if cfg.video else None)
+            video = _film(job, result, staged, console) if cfg.video else None
+            failures = _failures(job, result, staged, console) if cfg.video or cfg.failures else None
+            info = _described(job, result, times, video, failures)
             results.write_results(staged, info, result)
     say(console, info, job.folder, earlier, results.read_evaluation(job.folder))
     return {"folder": str(job.folder), **info["overall"]}
@@ -119,31 +123,57 @@ def _prepared(cfg: DictConfig) -> _Job:
     )
 
 
-def _measured(job: _Job, console: Console) -> tuple[EvalResult, Any]:
-    """Run the episodes; return their result and the latency of planning for one environment."""
+def _measured(job: _Job, console: Console) -> tuple[EvalResult, tuple[Latency, Latency]]:
+    """Run the episodes; return their result, and how long planning for one takes: the first plan, later ones."""
+    from robopolicy.evaluation.latency import planner_latency
     from robopolicy.evaluation.progress import progress_bar
     from robopolicy.evaluation.rollout import evaluate
-    from robopolicy.policies.actors import ChunkActor
 
     cfg = job.cfg
     env = _environment(job, num_envs=job.num_envs)
-    actor = ChunkActor(job.planner(job.num_envs), job.num_envs, n_action_steps=cfg.n_action_steps)
+    frame, _ = env.reset(seed=job.seeds[0])
+    times = planner_latency(job.planner(1), frame)
     with progress_bar(len(job.seeds), console=console) as show:
         result = evaluate(
-            actor,
+            _actor(job, env, times),
             env,
             seeds=job.seeds,
             noise_seed=cfg.noise_seed,
             stop_on_success=cfg.stop_on_success,
             on_step=show,
         )
-    frame, _ = env.reset(seed=job.seeds[0])
-    latency = _latency_batch_1(job, frame)
     env.close()
-    return result, latency
+    return result, times
 
 
-def _described(job: _Job, result: EvalResult, latency: Any, video: dict[str, Any] | None) -> dict[str, Any]:
+def _actor(job: _Job, env: Environment, times: tuple[Latency, Latency]) -> Actor:
+    """Return what plays the planner's chunks: at once, or as late as the latency asked for makes them."""
+    from robopolicy.envs.holding import hold_action
+    from robopolicy.evaluation.latency import FixedDelay, LatencyActor, LatencyMode, RecordedDelay
+    from robopolicy.policies.actors import ChunkActor
+
+    cfg = job.cfg
+    planner = job.planner(job.num_envs)
+    latency = LatencyMode.parse(cfg.latency)
+    if latency.mode == "frozen":
+        return ChunkActor(planner, job.num_envs, n_action_steps=cfg.n_action_steps)
+    return LatencyActor(
+        planner,
+        job.num_envs,
+        delays=RecordedDelay(*times) if latency.ms is None else FixedDelay(seconds=latency.ms / 1e3),
+        start=functools.partial(hold_action, env),
+        executor=cfg.executor,
+        n_action_steps=cfg.n_action_steps,
+    )
+
+
+def _described(
+    job: _Job,
+    result: EvalResult,
+    times: tuple[Latency, Latency],
+    video: dict[str, Any] | None,
+    failures: dict[str, Any] | None,
+) -> dict[str, Any]:
     """Return the content of eval_info.json."""
     from robopolicy.app.eval_words import repeating_command
     from robopolicy.evaluation.results import eval_info
@@ -160,11 +190,13 @@ def _described(job: _Job, result: EvalResult, latency: Any, video: dict[str, Any
             "robopolicy_version": loaded.config.get("robopolicy_version"),
         },
         settings=job.settings,
-        latency_batch_1=latency,
+        latency_batch_1=times[1],
+        latency_first_plan=times[0],
         backend=job.backend,
         device=str(job.device),
         command=repeating_command(job.cfg),
         video=video,
+        failures=failures,
     )
 
 
@@ -255,13 +287,6 @@ def _engine(policy: Policy, name: str) -> Policy:
     return engine
 
 
-def _latency_batch_1(job: _Job, frame: Frame) -> Any:
-    from robopolicy.evaluation.rollout import actor_latency
-    from robopolicy.policies.actors import ChunkActor
-
-    return actor_latency(ChunkActor(job.planner(1), 1, n_action_steps=job.cfg.n_action_steps), frame)
-
-
 def _film(job: _Job, result: EvalResult, folder: Path, console: Console) -> dict[str, Any]:
     """Replay the first episodes with pictures and write the film into `folder`."""
     from rich.progress import Progress
@@ -288,6 +313,20 @@ def _film(job: _Job, result: EvalResult, folder: Path, console: Console) -> dict
     return {**video, "seconds": time.perf_counter() - begin}
 
 
+def _failures(job: _Job, result: EvalResult, folder: Path, console: Console) -> dict[str, Any] | None:
+    """Replay failed episodes and write how they ended into `folder`; None where none failed."""
+    from robopolicy.evaluation.video import record_failures
+
+    failed = [episode for episode in result.episodes if not episode.success_once][: job.cfg.failures_most]
+    if not failed:
+        return None
+    with console.status(f"replaying {len(failed)} failed episodes"):
+        env = _environment(job, num_envs=len(failed), render=True)
+        sheet = record_failures(env, failed, folder, size_px=job.cfg.video_tile_px)
+        env.close()
+    return sheet
+
+
 def _sees_images(loaded: LoadedPolicy) -> bool:
     return any(modality.is_image for modality in loaded.spec.observation.values())
 
@@ -303,10 +342,14 @@ def _changes(policy: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _settings(cfg: DictConfig, loaded: LoadedPolicy, changes: Mapping[str, Any], seeds: list[int]) -> dict[str, Any]:
     """Return all that decides the outcome on a given machine."""
-    from omegaconf import OmegaConf
-
+    from robopolicy.app.build import build_planner, resolve_planner
+    from robopolicy.errors import UnknownNameError
+    from robopolicy.evaluation.latency import EXECUTORS, LatencyMode
     from robopolicy.evaluation.results import sha256
 
+    if cfg.executor not in EXECUTORS:
+        raise UnknownNameError("executor", cfg.executor, EXECUTORS)
+    planner = build_planner(cfg.planner, loaded.policy, 1, loaded.path)
     return {
         "weights_sha256": sha256(loaded.path / "model.safetensors"),
         "task": loaded.spec.name,
@@ -314,10 +357,12 @@ def _settings(cfg: DictConfig, loaded: LoadedPolicy, changes: Mapping[str, Any],
         "noise_seed": cfg.noise_seed,
         "max_episode_steps": cfg.max_episode_steps or loaded.spec.max_episode_steps,
         "stop_on_success": cfg.stop_on_success,
-        "n_action_steps": cfg.n_action_steps or loaded.policy.timing.n_action_steps,
+        "n_action_steps": cfg.n_action_steps or planner.timing.n_action_steps,
         "policy_overrides": dict(changes),
         "sampler": loaded.config["policy"].get("sampler"),
-        "planner": OmegaConf.to_container(cfg.planner, resolve=True),
+        "latency": str(LatencyMode.parse(cfg.latency)),
+        "executor": cfg.executor,
+        "planner": resolve_planner(cfg.planner, loaded.path),
         "engine": cfg.engine,
         "shift": _shift_name(cfg.shift),
     }

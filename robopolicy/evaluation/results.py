@@ -44,6 +44,9 @@ def overall(result: EvalResult) -> dict[str, Any]:
         "pc_success_at_end": None,
         "pc_success_at_end_ci95": None,
         "avg_first_success_step": sum(steps) / len(steps) if steps else None,
+        "avg_action_jerk": sum(episode.action_jerk for episode in result.episodes) / n,
+        "avg_num_replans": sum(episode.num_replans for episode in result.episodes) / n,
+        "avg_num_hold_steps": sum(episode.num_hold_steps for episode in result.episodes) / n,
     }
     if result.success_at_end is not None:
         at_end = sum(bool(episode.success_at_end) for episode in result.episodes)
@@ -59,10 +62,12 @@ def eval_info(
     checkpoint: Mapping[str, Any],
     settings: Mapping[str, Any],
     latency_batch_1: Latency | None,
+    latency_first_plan: Latency | None = None,
     backend: str,
     device: str,
     command: str,
     video: Mapping[str, Any] | None,
+    failures: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what `eval_info.json` holds.
 
@@ -71,10 +76,12 @@ def eval_info(
         checkpoint: where the weights came from: path, step, weights_sha256.
         settings: everything that decides the outcome on a given machine; equal settings are the same evaluation.
         latency_batch_1: replanning for one environment.
+        latency_first_plan: the same for the first plan of an episode, which has no plan before it to start from.
         backend: simulation backend.
         device: of the policy.
         command: line that repeats this evaluation.
         video: file names in the folder and whether the replays matched; None without film.
+        failures: the same for the picture of how failed episodes ended.
     """
     rows = result.episodes
     paths = [video["mp4"]] if video else []
@@ -93,6 +100,7 @@ def eval_info(
         "failed_seeds": [episode.seed for episode in rows if not episode.success_once],
         "latency": result.latency.to_dict(),
         "latency_batch_1": None if latency_batch_1 is None else latency_batch_1.to_dict(),
+        "latency_first_plan": None if latency_first_plan is None else latency_first_plan.to_dict(),
         "time": {
             "reset_s": result.reset_s,
             "simulation_s": result.simulation_s,
@@ -107,6 +115,7 @@ def eval_info(
         "versions": versions(),
         "command": command,
         "video": None if video is None else dict(video),
+        "failures": None if failures is None else dict(failures),
         "task_spec": dict(task),
     }
 

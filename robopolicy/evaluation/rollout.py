@@ -7,7 +7,6 @@ Sampling noise comes from one generator per episode, seeded from its seed: an ou
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from robopolicy.errors import RobopolicyError
+from robopolicy.evaluation.episodes import Episode, Wave
 from robopolicy.evaluation.statistics import Latency, drop_warmup, wilson_interval
 from robopolicy.rng import Rng
 from robopolicy.types import Environment, Frame, check_shape
@@ -35,37 +35,6 @@ class Actor(Protocol):
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Forget the episodes of `rows` [N] bool, or all of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Episode:
-    """The outcome of one seed."""
-
-    seed: int
-    success_once: bool
-    """Success was reported after at least one step."""
-    success_at_end: bool | None
-    """Success was reported after the last step; None where the episode was stopped at its first success."""
-    first_success_step: int | None
-    """Control steps until success was first reported, counted from 1."""
-    num_steps: int
-    sum_reward: float
-    max_reward: float
-    actions: Tensor
-    """[num_steps, A] as sent to the environment: enough to replay the episode."""
-
-    def to_row(self, index: int) -> dict[str, Any]:
-        """Return JSON types with LeRobot's key names where they exist."""
-        return {
-            "episode_ix": index,
-            "seed": self.seed,
-            "success": self.success_once,
-            "success_at_end": self.success_at_end,
-            "first_success_step": self.first_success_step,
-            "num_steps": self.num_steps,
-            "sum_reward": self.sum_reward,
-            "max_reward": self.max_reward,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,25 +141,13 @@ def evaluate(
     episodes: list[Episode] = []
     steps_run = 0
     begin = clock.now()
-
-    def report(step: int, success: Tensor) -> None:
-        if on_step is not None:
-            wanted = min(env.num_envs, len(seeds) - len(episodes))
-            on_step(
-                Progress(
-                    steps_done=len(episodes) // env.num_envs * steps + step,
-                    steps_total=len(waves) * steps,
-                    episodes_started=len(episodes) + wanted,
-                    num_success=sum(episode.success_once for episode in episodes) + int(success[:wanted].sum()),
-                )
-            )
-
     for wave in waves:
+        report = _reporter(on_step, episodes, steps, len(waves), env.num_envs, len(seeds))
         record = _run_wave(actor, env, wave, steps, noise_seed, stop_on_success, clock, report)
-        steps_run += record.steps * env.num_envs
-        episodes += record.episodes(wave, stop_on_success)
+        steps_run += len(record.rewards) * env.num_envs
+        episodes += record.episodes(wave[: len(seeds) - len(episodes)], stop_on_success, env.task_spec.action)
     return EvalResult(
-        episodes=tuple(episodes[: len(seeds)]),
+        episodes=tuple(episodes),
         latency=drop_warmup(clock.replan_s, batch_size=env.num_envs, num_warmup=num_warmup_calls),
         num_envs=env.num_envs,
         max_episode_steps=steps,
@@ -200,6 +157,32 @@ def evaluate(
         policy_s=clock.policy_s,
         num_env_steps=steps_run,
     )
+
+
+def _reporter(
+    on_step: Callable[[Progress], None] | None,
+    episodes: Sequence[Episode],
+    steps: int,
+    num_waves: int,
+    num_envs: int,
+    num_seeds: int,
+) -> Callable[[int, Tensor], None]:
+    """Return what tells `on_step` of each step of the wave that follows `episodes`."""
+    before, won = len(episodes), sum(episode.success_once for episode in episodes)
+    wanted = min(num_envs, num_seeds - before)
+
+    def report(step: int, success: Tensor) -> None:
+        if on_step is not None:
+            on_step(
+                Progress(
+                    steps_done=before // num_envs * steps + step,
+                    steps_total=num_waves * steps,
+                    episodes_started=before + wanted,
+                    num_success=won + int(success[:wanted].sum()),
+                )
+            )
+
+    return report
 
 
 def noise_generator(seed: int, noise_seed: int = 0) -> torch.Generator:
@@ -229,41 +212,6 @@ def actor_latency(actor: Actor, frame: Frame, *, num_calls: int = 50, num_warmup
     return drop_warmup(seconds, batch_size=1, num_warmup=num_warmup_calls)
 
 
-@dataclass
-class _Wave:
-    """What happened in one wave: reward, success [T, N] and actions [T, N, A]."""
-
-    rewards: list[Tensor]
-    success: list[Tensor]
-    actions: list[Tensor]
-
-    @property
-    def steps(self) -> int:
-        return len(self.rewards)
-
-    def episodes(self, seeds: Sequence[int], stop_on_success: bool) -> list[Episode]:
-        reward, success = torch.stack(self.rewards), torch.stack(self.success)
-        action = torch.stack(self.actions)
-        rows = []
-        for i, seed in enumerate(seeds):
-            hits = success[:, i].nonzero()
-            first = int(hits[0]) + 1 if len(hits) else None
-            length = first if stop_on_success and first is not None else self.steps
-            rows.append(
-                Episode(
-                    seed=seed,
-                    success_once=first is not None,
-                    success_at_end=None if stop_on_success else bool(success[-1, i]),
-                    first_success_step=first,
-                    num_steps=length,
-                    sum_reward=math.fsum(reward[:length, i].tolist()),  # a float32 sum would depend on N
-                    max_reward=float(reward[:length, i].max()),
-                    actions=action[:length, i].clone(),
-                )
-            )
-        return rows
-
-
 @torch.no_grad()
 def _run_wave(
     actor: Actor,
@@ -274,14 +222,15 @@ def _run_wave(
     stop_on_success: bool,
     clock: _Clock,
     report: Callable[[int, Tensor], None],
-) -> _Wave:
-    record = _Wave([], [], [])
+) -> Wave:
+    record = Wave(env.num_envs)
     generators = [noise_generator(seed, noise_seed) for seed in seeds]
     before = clock.now()
     frame, _ = env.reset(seed=list(seeds))
     actor.reset()
     clock.reset_s += clock.now() - before
     ever = torch.zeros(env.num_envs, dtype=torch.bool)
+    nobody = torch.zeros(env.num_envs, dtype=torch.bool)
     for step in range(steps):
         before = clock.now()
         action = actor(frame, generator=generators)
@@ -289,14 +238,13 @@ def _run_wave(
         clock.policy_s += planned - before
         if actor.replanned:
             clock.replan_s.append(planned - before)
+            record.note_plans(getattr(actor, "planned", None), step)
         _check_action(action, env, seeds, step)
         before = clock.now()
         frame, reward, _, _, info = env.step(action.to(env.device))
         clock.simulation_s += clock.now() - before
         success = _success(info, env)
-        record.rewards.append(reward.float().cpu())
-        record.success.append(success)
-        record.actions.append(action.float().cpu())
+        record.note_step(action, getattr(actor, "held", nobody), reward, success, info)
         ever |= success
         report(step + 1, ever)
         if stop_on_success and ever.all():

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from robopolicy.errors import RobopolicyError
-from robopolicy.evaluation.rollout import Episode
+from robopolicy.evaluation.episodes import Episode
 from robopolicy.types import Environment
 
 GREEN, RED, WHITE = (52, 199, 89), (255, 69, 58), (255, 255, 255)
@@ -36,6 +36,8 @@ class Clip:
     first_success_step: int | None
     same_outcome: bool
     """The replay succeeded at the same step as the counted episode, or failed like it."""
+    note: str = ""
+    """Shown beside the outcome at the end."""
 
 
 def record(
@@ -81,6 +83,45 @@ def record(
         "caption": f"The first {len(clips)} episodes, replayed at the speed of the robot."
         if len(clips) > 1
         else "The first episode, replayed at the speed of the robot.",
+    }
+
+
+def record_failures(
+    env: Environment, episodes: Sequence[Episode], folder: Path, *, size_px: int = 192
+) -> dict[str, Any]:
+    """Replay failed `episodes` in `env`, one per environment, and write their last pictures to `folder`/failures.png.
+
+    Nothing is rendered on the way, so this costs a wave of simulation and one picture per episode.
+
+    Returns:
+        the `failures` entry of eval_info.json.
+    """
+    env.reset(seed=[episode.seed for episode in episodes])
+    succeeded = torch.zeros(len(episodes), dtype=torch.bool)
+    for step in range(max(episode.num_steps for episode in episodes)):
+        actions = torch.stack([episode.actions[min(step, episode.num_steps - 1)] for episode in episodes])
+        *_, info = env.step(actions.to(env.device))
+        succeeded |= info["success"].cpu()
+    frames: list[list[np.ndarray]] = [[] for _ in episodes]
+    _keep(env, frames, [True] * len(episodes), size_px)
+    clips = [
+        Clip(
+            seed=episode.seed,
+            frames=np.stack(frames[i]),
+            success_frame=None,
+            first_success_step=None,
+            same_outcome=not succeeded[i],
+            note="" if episode.min_distance_m is None else f", {100 * episode.min_distance_m:.1f} cm",
+        )
+        for i, episode in enumerate(episodes)
+    ]
+    write_png(folder / "failures.png", next(tiled(clips, columns=min(4, len(clips)))))
+    return {
+        "png": "failures.png",
+        "seeds": [clip.seed for clip in clips],
+        "same_outcomes": all(clip.same_outcome for clip in clips),
+        "caption": "How failed episodes ended"
+        + ("" if episodes[0].min_distance_m is None else ", and how near to success they came."),
     }
 
 
@@ -171,7 +212,7 @@ def decorate(clip: Clip, k: int) -> np.ndarray:
     if clip.success_frame is not None and k >= clip.success_frame:
         colour, text = GREEN, f"{text}   step {clip.first_success_step}"
     elif over and clip.success_frame is None:
-        colour, text = RED, f"{text}   failed"
+        colour, text = RED, f"{text}   failed{clip.note}"
     pad = size // 32
     box = draw.textbbox((2 * pad, size - 2 * pad), text, font=font, anchor="ls")
     draw.rectangle((box[0] - pad, box[1] - pad, box[2] + pad, box[3] + pad), fill=(0, 0, 0))
