@@ -6,7 +6,8 @@ package: the first line of its docstring is its summary, EXAMPLES holds (command
     run(cfg: DictConfig) -> int | Mapping | None
 
 does the work; its config is configs/<verb>.yaml. An int is the exit code. A mapping is what `--json` prints on standard
-output (everything else then goes to standard error); if it says `"ok": False`, the exit code is 1.
+output (everything else then goes to standard error); its "exit_code" is that of the process, and without one
+`"ok": False` means 1.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ from typing import IO, Any
 from robopolicy import __version__
 from robopolicy.errors import RobopolicyError, UnknownNameError
 
-VERBS = ("doctor", "collect", "train", "eval", "bench", "report")
+VERBS = ("doctor", "collect", "train", "eval", "compare", "bench", "report")
 """In the order in which a new user meets them; each is robopolicy/app/<verb>.py with configs/<verb>.yaml."""
+
+POSITIONAL = {"compare": "policies"}
+"""Verbs that take plain words, and the setting that lists them."""
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -128,7 +132,7 @@ def dispatch(words: Sequence[str]) -> int:
         if call.json:
             print(json.dumps(result if isinstance(result, Mapping) else None, indent=2, default=_plain), file=out)
     if isinstance(result, Mapping):
-        return 0 if result.get("ok", True) else 1
+        return int(result.get("exit_code", 0 if result.get("ok", True) else 1))
     return int(result or 0)
 
 
@@ -139,6 +143,7 @@ def parse(words: Sequence[str]) -> Call:
         RobopolicyError: the verb is unknown or an option lacks its value.
     """
     call, rest = Call(), list(words)
+    positional: list[str] = []
     flags = {"-h": "help", "--help": "help", "-m": "multirun"} | {
         f"--{n}": n for n in ("multirun", "cfg", "json", "debug")
     }
@@ -161,10 +166,14 @@ def parse(words: Sequence[str]) -> Call:
             call.verb = word
         elif "=" in word or word.startswith("~"):
             call.overrides.append(word)
+        elif call.verb in POSITIONAL:
+            positional.append("'" + word.replace("'", "\\'") + "'")
         else:
             raise RobopolicyError(
                 f"{word!r} is not a setting; settings look like key=value. See `robopolicy {call.verb} --help`."
             )
+    if call.verb is not None and positional:
+        call.overrides.append(f"{POSITIONAL[call.verb]}=[{','.join(positional)}]")
     if call.verb is None and call.overrides:
         raise RobopolicyError(f"{call.overrides[0]!r} comes before a verb. Known verbs: {', '.join(VERBS)}.")
     return call
@@ -204,8 +213,9 @@ def verb_help(verb: str, examples: Sequence[tuple[str, str]]) -> str:
         for name, found in groups().items()
         if f"{name}:" in text
     ]
+    plain = f" <{POSITIONAL[verb]} ...>" if verb in POSITIONAL else ""
     parts = [
-        f"Usage: robopolicy {verb} [key=value ...] [options]",
+        f"Usage: robopolicy {verb}{plain} [key=value ...] [options]",
         summary(verb),
         "\n".join([_bold("Examples"), *shown]),
         "\n".join([_bold(f"Settings and their defaults (configs/{verb}.yaml)"), textwrap.indent(text, "  ")]),
@@ -269,7 +279,11 @@ def _complete(line: str) -> int:
     elif words[1] in VERBS:
         from robopolicy.app import composing  # loads Hydra
 
-        print("\n".join(composing.complete(words[1], line.partition(words[1])[2].lstrip())))
+        rest = line.partition(words[1])[2].lstrip()
+        if words[1] in POSITIONAL:  # Hydra reads settings only
+            settings, _, last = rest.rpartition(" ")
+            rest = " ".join([*(word for word in settings.split() if "=" in word), last])
+        print("\n".join(composing.complete(words[1], rest)))
     return 0
 
 
