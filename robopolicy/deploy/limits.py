@@ -252,7 +252,7 @@ def _approach(
     if wanted < low[k] or wanted > high[k]:
         wanted, wanted_velocity = min(max(wanted, low[k]), high[k]), 0.0
         clamped |= POSITION
-    gap = wanted - last[k]
+    gap = wanted - wanted_velocity * dt_s - last[k]  # what is behind now, beside the wanted motion
     near = _reachable_speed(abs(gap), acceleration[k], jerk[k], dt_s)
     v = wanted_velocity + (near if gap >= 0.0 else -near)
     top = velocity[k] * share
