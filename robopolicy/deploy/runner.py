@@ -28,10 +28,12 @@ from robopolicy.deploy.contract import Plan, Recorder, Robot
 from robopolicy.deploy.observations import Built, ObservationBuilder
 from robopolicy.deploy.playback import Ensemble, Playlist, TimedPlan
 from robopolicy.policies.planners import Planner
+from robopolicy.types import Observation
 
 Executor = Literal["sync", "async", "rti", "ensemble"]
 EXECUTORS: tuple[Executor, ...] = ("sync", "async", "rti", "ensemble")
 POLL_S = 0.002
+WARM_UPS = 4
 KEPT_PLANS = 1 << 16
 """Of how many plans the latencies are kept."""
 
@@ -86,6 +88,7 @@ class PolicyRunner:
         self._ensemble = Ensemble(spec.action.discrete, decay=ensemble_decay) if executor == "ensemble" else None
         self._running = threading.Event()
         self._closed = False
+        self._warm = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
         self._generator: torch.Generator | None = None
@@ -95,7 +98,9 @@ class PolicyRunner:
         self._thread = threading.Thread(target=self._run, name="policy", daemon=True)
 
     def open(self) -> None:
+        """Start the thread; it first plans for nobody, since first calls compile and allocate."""
         self._thread.start()
+        self._warm.wait()
 
     def start(self, seed: int) -> None:
         """Plan from now on, remembering nothing; the policy's noise comes from `seed`."""
@@ -139,6 +144,11 @@ class PolicyRunner:
 
     def _run(self) -> None:
         torch.set_num_threads(1)
+        try:
+            self._warm_up()
+        except Exception as error:
+            self._on_fault(f"the policy failed: {type(error).__name__}: {error}")
+        self._warm.set()
         while True:
             self._idle.set()
             self._running.wait()
@@ -153,6 +163,16 @@ class PolicyRunner:
             except Exception as error:  # whatever it is: a policy that fails must stop the arm
                 self._running.clear()
                 self._on_fault(f"the policy failed: {type(error).__name__}: {error}")
+
+    @torch.no_grad()
+    def _warm_up(self) -> None:
+        shapes = {n: ((1, self._now + 1, *m.shape), m.is_image) for n, m in self._planner.spec.observation.items()}
+        dtypes = {True: torch.uint8, False: torch.float32}
+        blank = Observation(modalities={n: torch.zeros(shape, dtype=dtypes[i]) for n, (shape, i) in shapes.items()})
+        for shift in range(WARM_UPS):
+            generator = torch.Generator().manual_seed(0)
+            self._planner(blank, torch.zeros(1, dtype=torch.int64), shift=torch.tensor([shift]), generator=generator)
+        self._planner.reset(None)
 
     def _turn(self) -> bool:
         """Observe and plan if it is time to; return whether it was."""

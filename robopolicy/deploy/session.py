@@ -128,6 +128,8 @@ class Session:
         """Start the threads; nothing moves before `begin`."""
         self._robot.listen(on_stop=lambda reason: self.stop(f"emergency stop from ROS: {reason}"))
         self.runner.open()
+        if self.stopped.is_set():
+            raise RobopolicyError(self.stop_reason[0].upper() + self.stop_reason[1:] + ".")
         self._thread.start()
 
     def begin(self, seed: int = 0) -> str:
