@@ -63,6 +63,8 @@ def load_maniskill() -> Vulkan:
         import mani_skill.envs  # noqa: F401 (registers the environments)
         from mani_skill.utils import download_asset
 
+        from . import two_goal  # noqa: F401 (registers ours)
+
     gymnasium.logger.min_level = max(gymnasium.logger.min_level, gymnasium.logger.ERROR)
     logging.getLogger("mani_skill ").setLevel(logging.ERROR)  # the space is in ManiSkill's own name
     download_asset.prompt_yes_no = _refuse_download

@@ -29,8 +29,10 @@ SOLVERS: dict[str, str] = {
     "PushCube-v1": "solvePushCube",
     "StackCube-v1": "solveStackCube",
     "StackPyramid-v1": "solveStackPyramid",
+    "TwoGoalReach-v1": "two_goal:solve",
 }
-"""ManiSkill environment id to the function of `mani_skill.examples.motionplanning.panda.solutions` that solves it."""
+"""Environment id to the function that solves it: of `mani_skill.examples.motionplanning.panda.solutions`, or of the
+module of ours that stands before the colon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +55,19 @@ class PlanningFailed(RobopolicyError):
 
 
 def solver_for(env_id: str) -> Callable[..., Any]:
-    """Return ManiSkill's solver of `env_id`.
+    """Return the solver of `env_id`.
 
     Raises:
         UnknownNameError: no solver exists; the message lists the environments that have one.
     """
     if env_id not in SOLVERS:
         raise UnknownNameError("environment with a motion-planning solver", env_id, SOLVERS)
+    ours, _, name = SOLVERS[env_id].rpartition(":")
+    if ours:
+        return getattr(importlib.import_module(f".{ours}", __package__), name)
     repair_mplib()
     solutions = importlib.import_module("mani_skill.examples.motionplanning.panda.solutions")
-    return getattr(solutions, SOLVERS[env_id])
+    return getattr(solutions, name)
 
 
 def make_plan(env: Any, solve: Callable[..., Any], seed: int) -> Plan:

@@ -149,6 +149,13 @@ _ROWS = (
         # The goal pose follows from the receptacle, which has to be perceived.
         objects=_extra("charger_pose", "receptacle_pose", "goal_pose"),
     ),
+    Task(
+        name="two_goal",
+        env_id="TwoGoalReach-v1",
+        instruction="Move the tool to either of the two green markers.",
+        max_episode_steps=50,
+        goal=_extra("goal_positions"),
+    ),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}

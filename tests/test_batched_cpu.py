@@ -59,6 +59,7 @@ def rollout(env: Any, seeds: list[int], acts: Tensor) -> Tensor:
         ("RollBall-v1", "pd_ee_delta_pose"),
         ("PushT-v1", "pd_ee_target_delta_pose"),
         ("StackCube-v1", "pd_joint_vel"),
+        ("TwoGoalReach-v1", "pd_ee_delta_pos"),
         ("PegInsertionSide-v1", "pd_ee_delta_pose"),
     ],
 )
