@@ -60,6 +60,8 @@ def _check(cfg: DictConfig) -> None:
 
     if cfg.outcome not in ("success", "success_at_end"):
         raise UnknownNameError("outcome", str(cfg.outcome), ("success", "success_at_end"))
+    if cfg.num_resamples < 1:
+        raise RobopolicyError(f"num_resamples must be at least 1; got {cfg.num_resamples}.")
     for name, most in (("alpha", 1), ("power", 1), ("gap", 100)):
         if not 0 < cfg[name] < most:
             raise RobopolicyError(f"{name} must be between 0 and {most}; got {cfg[name]}.")
@@ -118,7 +120,7 @@ def _compare_methods(
     everything = {f"{name} ({one.folder})": one for name, ones in found.items() for one in ones}
     require_comparable(everything, per_task=True)
     tasks, scores = score_matrices(found, cfg.outcome)
-    result = compare_methods(scores, baseline=baseline)
+    result = compare_methods(scores, baseline=baseline, num_resamples=cfg.num_resamples)
     _say_methods(result, tasks, cfg)
     worse = [pair.b for pair in result.pairs if baseline and pair.p_holm <= cfg.alpha and pair.difference < 0]
     return {
