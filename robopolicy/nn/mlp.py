@@ -44,7 +44,7 @@ class ChunkMLP(ChunkNetwork):
         self.out = zero_(nn.Linear(width, horizon * action_dim))
 
     def condition(self, t: Tensor, cond: Tensor) -> tuple[Tensor, ...]:
-        """t [B], cond [B, D] -> the observation's part of the first layer, the blocks' gains and shifts, each [B, W]."""
+        """t [B], cond [B, D] -> the observation's part of the first layer, the blocks' gains and shifts, all [B, W]."""
         film = self.film(self.cond(torch.cat([self.time(t), cond], dim=-1)))
         scale, shift = film.chunk(2, dim=-1)
         parts = len(self.first) + 1

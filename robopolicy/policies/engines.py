@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -87,6 +88,18 @@ class Graph:
     outputs: tuple[str, ...]
     runner: Runner
 
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all `tensors` (without the noise) are of the right shape and finite; quicker than finding out what
+        is wrong. A sum that overflows passes for not finite."""
+        return all(
+            value.shape[1:] == shape[1:] and math.isfinite(value.numpy().sum())
+            for value, shape in zip(tensors, self._shapes, strict=True)
+        )
+
+    @functools.cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [shape for name, shape in self.inputs.items() if name != "noise"]
+
 
 class GraphEngine:
     """Acts like the policy that it wraps, by graphs; everything else is forwarded to that policy."""
@@ -123,8 +136,13 @@ class GraphEngine:
         graph = self._graphs.get(key) or self._graph(method, arguments, key)
         if not isinstance(graph, Graph):
             return graph(generator=generator, **arguments)
-        self._check(arguments)
-        tensors = list(_tensors(arguments, self._policy.spec.observation).values())
+        try:
+            tensors = list(_tensors(arguments, self._policy.spec.observation).values())
+            fine = graph.fits(tensors)
+        except KeyError:  # a modality is missing
+            fine = False
+        if not fine:
+            self._check(arguments)  # says what is wrong
         if graph.draws[0]:
             tensors = [_draw(graph.draws, len(tensors[0]), generator), *tensors]
         outputs = _by_row(graph, tensors)
