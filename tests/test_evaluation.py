@@ -14,6 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from point_task import LENGTH, SEEDS, HomingActor, PointEnv, info_of, point_spec, run_point
 from statsmodels.stats.proportion import proportion_confint
 
@@ -371,6 +372,56 @@ def test_eval_verb_repeats_itself_and_records_what_was_changed(cli, untrained):
 
 
 @pytest.mark.sim
+def test_eval_verb_delays_plans_and_shows_how_episodes_failed(cli, untrained):
+    ask = ("eval", f"checkpoint={untrained}", "n_episodes=3", "max_episode_steps=12", "--json")
+
+    def rows(*words: str) -> tuple[Path, str]:
+        done = cli(*ask, *words)
+        assert done.code == 0, done.err
+        folder = Path(json.loads(done.out)["folder"])
+        return folder, (folder / "episodes.jsonl").read_text()
+
+    frozen, none = rows("failures=true", "failures_most=2"), rows("latency=fixed_ms:0")
+    assert none[0].name == f"{frozen[0].name}-latency_fixed_ms_0"
+    assert none[1] == frozen[1], "no latency is no latency, bit for bit"
+    info = read_evaluation(frozen[0]).info
+    assert info["failures"]["seeds"] == info["failed_seeds"][:2] == [10000, 10001]
+    assert info["failures"]["same_outcomes"]
+    with Image.open(frozen[0] / "failures.png") as picture:
+        assert picture.size == (2 * 192, 192)
+
+    for executor in ("async", "sync"):
+        folder, text = rows("latency=fixed_ms:100", f"executor={executor}")
+        assert text != frozen[1]
+        found = read_evaluation(folder)
+        assert found.info["settings"]["latency"] == "fixed_ms:100"
+        assert found.info["settings"]["executor"] == executor
+        assert "latency=fixed_ms:100" in found.info["command"]
+        for row in found.rows:
+            assert row["inference_ms_mean"] == row["inference_ms_p95"] == 100
+            assert row["num_hold_steps"] >= 2
+            assert row["min_distance_m"] > 0
+    folder, _ = rows("latency=measured")
+    found = read_evaluation(folder)
+    measured = found.info["latency_batch_1"]["calls_ms"] + found.info["latency_first_plan"]["calls_ms"]
+    for row in found.rows:
+        assert min(measured) - 1e-3 <= row["inference_ms_mean"] <= max(measured) + 1e-3
+
+
+@pytest.mark.sim
+def test_eval_verb_looks_at_one_episode(cli, untrained):
+    ask = ("eval", f"checkpoint={untrained}", "max_episode_steps=12", "--json")
+    many, one = cli(*ask, "n_episodes=3"), cli(*ask, "episode=2")
+    assert (many.code, one.code) == (0, 0), many.err + one.err
+    folders = [Path(json.loads(done.out)["folder"]) for done in (many, one)]
+    assert folders[1].name == "step_00000030-n1-s10002-max_episode_steps_12"
+    all_rows, (row,) = (read_evaluation(folder).rows for folder in folders)
+    assert row["seed"] == all_rows[2]["seed"] == 10002
+    assert row["sum_reward"] == pytest.approx(all_rows[2]["sum_reward"], abs=1e-4)
+    assert "episode=2" in read_evaluation(folders[1]).info["command"]
+
+
+@pytest.mark.sim
 def test_eval_verb_refuses_what_would_mislead(cli, untrained, tmp_path):
     refused = cli("eval", f"checkpoint={untrained}", "n_episodes=3", "seed=1")
     assert refused.code == 2
@@ -379,6 +430,8 @@ def test_eval_verb_refuses_what_would_mislead(cli, untrained, tmp_path):
         ("n_episodes=0", "n_episodes must be at least 1"),
         ("n_action_steps=40", r"n_action_steps must be in \[1, 15\]"),
         ("device=gpu", "Unknown device 'gpu'"),
+        ("latency=slow", "Unknown latency 'slow'"),
+        ("executor=eager", "Unknown executor 'eager'"),
         ("+policy.sampler.steps=3", "unexpected keyword argument 'steps'"),
     ):
         refused = cli("eval", f"checkpoint={untrained}", word)

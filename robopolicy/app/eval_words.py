@@ -77,6 +77,12 @@ def say(console: Console, info: Mapping[str, Any], folder: Path, earlier: Evalua
         f"{duration(time_s['policy_s'])}, reset {duration(time_s['reset_s'])}; "
         f"{time_s['env_steps_per_s']:,.0f} steps/s"
     )
+    if info["settings"]["latency"] != "frozen":
+        console.print(
+            f"latency {info['settings']['latency']}, executor {info['settings']['executor']}: per episode "
+            f"{top['avg_num_replans']:.1f} plans and {top['avg_num_hold_steps']:.1f} of "
+            f"{info['settings']['max_episode_steps']} control steps without an action to play"
+        )
     if failed := info["failed_seeds"]:
         more = ", ..." if len(failed) > MOST_SEEDS_SHOWN else ""
         console.print(f"failed seeds: {', '.join(map(str, failed[:MOST_SEEDS_SHOWN]))}{more}")

@@ -102,7 +102,7 @@ class RecordedDelay:
         drawn = []
         for row, new, noise in zip(rows.tolist(), first.tolist(), each, strict=True):
             if new or row not in self._streams:
-                seed = 0 if noise is None else noise.initial_seed()
+                seed = noise.initial_seed() if isinstance(noise, torch.Generator) else 0
                 self._streams[row] = np.random.default_rng(seed if each is generator else [seed, row])
             drawn.append(float(self._streams[row].choice(self._times[new])))
         return drawn
