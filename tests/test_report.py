@@ -9,58 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from point_task import HomingActor, PointEnv, info_of, point_spec, run_point
+from fake_runs import add_evaluation, make_run
+from point_task import PointEnv, run_point
 from safetensors.torch import save_file
 
-from robopolicy.atomic import new_folder
 from robopolicy.errors import CheckpointError
 from robopolicy.evaluation.charts import histogram, loss_chart
 from robopolicy.evaluation.report import context, duration, milliseconds, num_parameters, percent, render_report
-from robopolicy.evaluation.results import write_results
-from robopolicy.evaluation.rollout import actor_latency
 from robopolicy.evaluation.video import record
 
 VOID = {"meta", "br", "img", "input", "link", "path", "use", "source"}
-
-
-def make_run(root: Path, *, steps: tuple[int, ...] = (100,), losses: bool = True) -> Path:
-    run = root / "run <1>"
-    for step in steps:
-        folder = run / f"step_{step:08d}"
-        folder.mkdir(parents=True)
-        save_file({"w": torch.zeros(30, 40), "b": torch.zeros(5)}, folder / "model.safetensors")
-        policy = {
-            "format": "robopolicy/1",
-            "step": step,
-            "task_spec": point_spec().to_dict(),
-            "timing": {"n_obs_steps": 2, "horizon": 16, "n_action_steps": 8},
-            "policy": {"_target_": "robopolicy.policies.diffusion.DiffusionPolicy", "prediction": "sample"},
-            "data": {"path": "demos/point.h5", "seeds": [*range(40), *range(50, 60)]},
-            "train": {"lr": 1e-3, "batch_size": 128, "command": ["robopolicy", "train", "task=point"]},
-        }
-        (folder / "policy.json").write_text(json.dumps(policy))
-    (run / "last").write_text(f"step_{steps[-1]:08d}\n")
-    if losses:
-        rows = [{"step": 10 * k, "train/loss": 1 / k, "train/samples_per_s": 5000.0} for k in range(1, 90)]
-        rows += [{"step": 100 * k, "val/loss": 2 / k} for k in range(1, 9)]
-        cut_short = '{"step": 99'
-        (run / "metrics.jsonl").write_text("\n".join([*map(json.dumps, rows), cut_short]))
-    return run
-
-
-def add_evaluation(run: Path, name: str, *, step: int = 100, n: int = 12, film: bool = False, **settings) -> None:
-    seeds = list(range(10000, 10000 + n))
-    result = run_point(4, seeds)
-    with new_folder(run / "eval" / name) as staged:
-        video = record(PointEnv(1), result.episodes[:4], staged, size_px=48) if film else None
-        info = info_of(
-            result,
-            {"seeds": seeds, "policy_overrides": {}, **settings},
-            checkpoint={"path": f"step_{step}", "step": step, "weights_sha256": "a" * 64},
-            latency_batch_1=actor_latency(HomingActor(1), {"proprio": torch.zeros(1, 2)}, num_calls=30),
-            video=video,
-        )
-        write_results(staged, info, result)
 
 
 class Page(html.parser.HTMLParser):
@@ -68,13 +26,14 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open, self.tags, self.urls, self.text = [], [], [], ""
+        self.open, self.tags, self.urls, self.links, self.text = [], [], [], [], ""
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.links += [value for name, value in attrs if (tag, name) == ("a", "href")]
         self.urls += [value for name, value in attrs if name in ("src", "href", "poster", "xlink:href", "data")]
         if tag not in VOID:
             self.open.append(tag)
@@ -124,7 +83,8 @@ def test_a_full_report_holds_everything_and_requests_nothing(tmp_path):
         assert flat(wanted) in text
     assert page.tags.count("svg") == 3
     assert "video" in page.tags
-    assert all(url.startswith(("data:", "#")) for url in page.urls)
+    assert all(url.startswith(("data:", "#")) for url in page.urls if url not in page.links)
+    assert page.links == ["eval/main/episodes.mp4"]
     assert not re.search(
         r"(https?:)?//(?!www\.w3\.org)[\w.]+\.\w+/", (run / "report.html").read_text().split("base64")[0]
     )

@@ -23,6 +23,7 @@ import numpy as np
 from markupsafe import Markup
 
 from robopolicy.errors import CheckpointError
+from robopolicy.evaluation import report_tables
 from robopolicy.evaluation.charts import histogram, loss_chart
 from robopolicy.evaluation.results import Evaluation, read_evaluations
 
@@ -49,7 +50,7 @@ def render_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(pc=percent, ms=milliseconds, duration=duration)
+    environment.filters.update(pc=percent, ms=milliseconds, duration=duration, points=points)
     page = environment.get_template("report.html.j2").render(
         css=Markup((here / "report.css").read_text()), **context(run_dir)
     )
@@ -83,6 +84,10 @@ def context(run_dir: Path) -> dict[str, Any]:
         "latency_svg": _latency_chart(main),
         "steps_svg": _steps_chart(main),
         "video": _video(main),
+        "failures": _failures(main),
+        "landscape": _data_url("image/png", landscape) if (landscape := run_dir / "landscape.png").is_file() else None,
+        "paired": report_tables.paired_table(main, evaluations),
+        "robustness": report_tables.robustness(run_dir),
         "commands": _commands(config, where, evaluations),
         "config_yaml": _text(run_dir / "config.yaml"),
     }
@@ -91,6 +96,11 @@ def context(run_dir: Path) -> dict[str, Any]:
 def percent(value: float) -> str:
     """Return a percentage with one decimal where it has one: 97, 96.5."""
     return f"{value:.1f}".removesuffix(".0")
+
+
+def points(value: float) -> str:
+    """Return a difference in points with its sign and one decimal: +3.0, 0.0, -12.5."""
+    return f"{value:+.1f}" if round(value, 1) else "0.0"
 
 
 def milliseconds(value: float) -> str:
@@ -141,8 +151,8 @@ def _main(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """Return the evaluation in the headline: of the last step, as trained, with the most episodes; never the best."""
 
     def rank(one: Evaluation) -> tuple[Any, ...]:
-        changed = bool(one.info["settings"].get("policy_overrides"))
-        return (one.info["checkpoint"].get("step") or 0, not changed, one.info["overall"]["n_episodes"], one.name)
+        usual = report_tables.as_trained(one.info["settings"])
+        return (one.info["checkpoint"].get("step") or 0, usual, one.info["overall"]["n_episodes"], one.name)
 
     return max(evaluations, key=rank, default=None)
 
@@ -157,12 +167,14 @@ def _shown(one: Evaluation) -> dict[str, Any]:
     settings = info["settings"]
     seeds = settings.get("seeds", [])
     notes = [f"step {info['checkpoint'].get('step')}", f"seeds {_ranges(seeds)}"]
-    notes += [f"{key}={value}" for key, value in (settings.get("policy_overrides") or {}).items()]
+    notes += report_tables.condition_notes(settings)
     return {
         **info,
         "name": one.name,
         "rows": one.rows,
         "note": ", ".join(notes),
+        "film": film if (film := _film_file(one)) and (one.folder / film).is_file() else None,
+        "columns": report_tables.episode_columns(one.rows),
         "parts": [(name, seconds, 100 * seconds / total) for name, seconds in parts],
     }
 
@@ -207,6 +219,18 @@ def _video(main: Evaluation | None) -> dict[str, Any] | None:
         "data": _data_url("video/mp4", film) if small else None,
         "poster_data": _data_url("image/png", poster) if poster.is_file() else None,
     }
+
+
+def _film_file(one: Evaluation) -> str | None:
+    return (one.info.get("video") or {}).get("mp4")
+
+
+def _failures(main: Evaluation | None) -> dict[str, Any] | None:
+    """Return the picture of how failed episodes ended, if the headline's evaluation has one."""
+    failures = main.info.get("failures") if main else None
+    if main is None or not failures or not (main.folder / failures["png"]).is_file():
+        return None
+    return {**failures, "data": _data_url("image/png", main.folder / failures["png"])}
 
 
 def _training_facts(config: Mapping[str, Any], folder: Path, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
