@@ -66,7 +66,7 @@ class Objective:
     alpha_jitter: float = 1.0
     sigma_min: float = 0.02
     sigma_max: float = 1.0
-    pure_share: float = 0.2
+    pure_share: float = 0.1
     num_negatives: int = 16
 
     def __post_init__(self) -> None:
@@ -357,6 +357,7 @@ class EnergyPolicy(Policy):
         x, seen = self.sampler(self._energy(repeated), starts, self.rule, self._alpha())
         at_end, scale = self.rule.normalised(x)
         ends = self._energy(repeated)(at_end, None, scale)
+        ends = torch.where(torch.isfinite(ends), ends, torch.inf)
         best = rearrange(ends, "(b n) -> b n", n=count).argmin(dim=1)
         rows = best + count * torch.arange(len(context), device=best.device)
         return x[rows], Diagnostics(**{name: value[rows] for name, value in vars(seen).items()})
