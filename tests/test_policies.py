@@ -28,7 +28,14 @@ from robopolicy.timing import ChunkTiming
 from robopolicy.types import Batch, Observation
 
 CONFIGS = sorted(path.stem for path in (Path(robopolicy.configs.__file__).parent / "policy").glob("*.yaml"))
-SMALLER = {"diffusion_paper": ["policy.network.down_dims=[16,32,64]", "policy.sampler.num_inference_steps=3"]}
+SMALLER = {
+    "ebt_paper": [
+        *(f"policy.{part}.{key}" for part in ("network", "encoder") for key in ("width=32", "depth=2")),
+        "policy.network.frame_width=32",
+        "policy.sampler.max_steps=3",
+    ],
+    "diffusion_paper": ["policy.network.down_dims=[16,32,64]", "policy.sampler.num_inference_steps=3"],
+}
 """Where the published size would make the tests slow: same parts, fewer channels and steps."""
 
 
