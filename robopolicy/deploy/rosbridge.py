@@ -423,12 +423,11 @@ class Socket:
 
     def _receive(self, frame: str | bytes) -> None:
         self.last_frame_s = arrival_s = time.monotonic()
-        op = decode(frame)
-        if op is None:
-            self.counts.malformed += 1
-            return
         try:
-            self._route(op, arrival_s)
+            if (op := decode(frame)) is None:
+                self.counts.malformed += 1
+            else:
+                self._route(op, arrival_s)
         except Exception as error:  # whatever a peer sends must not end the thread that stops the robot
             self.counts.malformed += 1
             if self.counts.malformed == 1:

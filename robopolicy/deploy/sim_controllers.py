@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +110,7 @@ class ArmController:
         """
         try:
             knots, velocities = self._read(message, now_s, wall_s)
-        except (MessageError, msgspec.ValidationError) as error:
+        except (MessageError, msgspec.ValidationError, OverflowError) as error:
             self.refused, self.why_refused = self.refused + 1, str(error)
             return None
         self._replace(on_replaced)
@@ -132,7 +131,7 @@ class ArmController:
             values = np.array(msgspec.convert(message, _Array).data)
             if len(values) != len(self._joints) or not np.isfinite(values).all():
                 raise MessageError(f"{len(values)} numbers for {len(self._joints)} joints, or one is not finite")
-        except (MessageError, msgspec.ValidationError) as error:
+        except (MessageError, msgspec.ValidationError, OverflowError) as error:
             self.refused, self.why_refused = self.refused + 1, str(error)
             return False
         self._replace(None)
@@ -150,7 +149,7 @@ class ArmController:
                 raise MessageError("not finite, or the arm's kinematics are not known")
             if stamp_of(message) is None:
                 raise MessageError("a twist without a stamp is as old as time")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             self.refused, self.why_refused = self.refused + 1, str(error)
             return False
         self._replace(None)
@@ -291,8 +290,3 @@ class GripperController:
         done, self._done = self._done, None
         if done is not None:
             done(reached, stalled)
-
-
-def clocks() -> tuple[float, float]:
-    """Return the monotonic and the wall clock now."""
-    return time.monotonic(), time.time()

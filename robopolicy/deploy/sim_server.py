@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hmac
 import itertools
-import re
 import ssl
 import time
 from collections import deque
@@ -21,9 +20,7 @@ from typing import Any
 
 import cbor2
 import msgspec
-import numpy as np
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.exceptions import WebSocketException
 from websockets.http11 import Request, Response
 
 from robopolicy.errors import RobopolicyError
@@ -31,10 +28,11 @@ from robopolicy.errors import RobopolicyError
 from .faults import Faults
 from .messages import Dialect, Message, short_type, time_fields
 from .rosbridge import BridgeThread
+from .sim_connection import ClientConnection, GoalHandle, plain, tagged
 
 SUCCEEDED, CANCELED, ABORTED = 4, 5, 6
 """Of action_msgs/GoalStatus."""
-PUBLISHER_DEPTH, CLIENT_DEPTH = 10, 10_000
+PUBLISHER_DEPTH = 10
 Handler = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -51,31 +49,12 @@ class Quirks:
 
 
 @dataclass(kw_only=True)
-class GoalHandle:
-    """A goal that a client sent; the action's owner ends it by `finish`."""
-
-    id: str
-    action: str
-    goal: Mapping[str, Any]
-    finish: Callable[[int, Mapping[str, Any]], None]
-    """Status (SUCCEEDED, CANCELED, ABORTED) and result; callable from any thread, once."""
-    on_cancel: Callable[[], None] = lambda: None
-
-
-@dataclass(kw_only=True)
 class _Topic:
     type_name: str
     last: Message | None = None
     """Kept for those who subscribe later, if the publisher latches."""
     listeners: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)
     inbox: deque[Message] = field(default_factory=lambda: deque(maxlen=PUBLISHER_DEPTH))
-
-
-@dataclass(kw_only=True)
-class _Subscription:
-    throttle_s: float
-    cbor: bool
-    due_s: float = 0.0
 
 
 class RosbridgeServer:
@@ -103,7 +82,7 @@ class RosbridgeServer:
         self._topics: dict[str, _Topic] = {}
         self._services: dict[str, tuple[str, Handler]] = {}
         self._actions: dict[str, tuple[str, Callable[[GoalHandle], None]]] = {}
-        self._clients: set[_Client] = set()
+        self._clients: set[ClientConnection] = set()
         self._draining = False
         self._ids = itertools.count()
         if self.quirks.rosapi:
@@ -144,6 +123,7 @@ class RosbridgeServer:
                 "free port."
             ) from error
         assert self._server is not None
+        self._draining = False
         self.port = next(iter(self._server.sockets)).getsockname()[1]
 
     def close(self) -> None:
@@ -253,7 +233,7 @@ class RosbridgeServer:
         return connection.respond(HTTPStatus.UNAUTHORIZED, "token?\n")
 
     async def _welcome(self, ws: ServerConnection) -> None:
-        client = _Client(self, ws)
+        client = ClientConnection(self, ws)
         self._clients.add(client)
         try:
             await client.serve()
@@ -274,20 +254,20 @@ class RosbridgeServer:
             if subscription is None or not client.due(subscription):
                 continue
             if subscription.cbor not in frames:
-                frames[subscription.cbor] = self._frame(topic, message, cbor=subscription.cbor)
+                frames[subscription.cbor] = self.frame(topic, message, cbor=subscription.cbor)
             frame = frames[subscription.cbor]
             if frame is not None and not self.faults.loses():
                 self._later(client.send, frame)
 
-    def _frame(self, topic: str, message: Message, *, cbor: bool) -> str | bytes | None:
+    def frame(self, topic: str, message: Message, *, cbor: bool) -> str | bytes | None:
         op = {"op": "publish", "topic": topic, "msg": message}
         if not cbor:
-            return msgspec.json.encode(op, enc_hook=_plain).decode()  # NaN becomes null, bytes base64
+            return msgspec.json.encode(op, enc_hook=plain).decode()  # NaN becomes null, bytes base64
         if self.dialect == "ros1" and any(
             isinstance(v, list) and v and isinstance(v[0], str) for v in message.values()
         ):
             return None  # such messages get lost there
-        return cbor2.dumps(_tagged(op))
+        return cbor2.dumps(tagged(op))
 
     def _later(self, act: Callable[..., None], *args: Any) -> None:
         delay_s = self.faults.delay_s
@@ -326,6 +306,10 @@ class RosbridgeServer:
             return None
         entry = self._topics.setdefault(name, _Topic(type_name=short_type(type_name)))
         return entry if entry.type_name == short_type(type_name) else None
+
+    def known_type(self, name: str) -> str:
+        """Return the type of the topic; empty if there is none of that name."""
+        return self._topics[name].type_name if name in self._topics else ""
 
     # ---- services ----------------------------------------------------------------------------------------------------
     async def answer(self, service: str, args: Any) -> tuple[bool, Any]:
@@ -372,201 +356,3 @@ class RosbridgeServer:
         self.offer_service("/rosapi/topic_type", "rosapi/TopicType", topic_type)
         self.offer_service("/rosapi/subscribers", "rosapi/Subscribers", subscribers)
         self.offer_service("/rosapi/services", "rosapi/Services", lambda args: {"services": list(self._services)})
-
-
-class _Client:
-    """One connection."""
-
-    def __init__(self, server: RosbridgeServer, ws: ServerConnection) -> None:
-        self.server, self.ws = server, ws
-        self.subscriptions: dict[str, _Subscription] = {}
-        self.services: set[str] = set()
-        self._advertised: set[str] = set()
-        self._out: deque[str | bytes] = deque(maxlen=CLIENT_DEPTH)
-        self._work = asyncio.Event()
-        self._asked: dict[str, asyncio.Future[dict[str, Any]]] = {}
-        self._goals: dict[str, GoalHandle] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._deaf = False
-        self._ids = itertools.count()
-
-    def send(self, frame: str | bytes) -> None:
-        self._out.append(frame)
-        self._work.set()
-
-    def tell(self, op: Message) -> None:
-        if not self.server.faults.half_dead:
-            self.send(msgspec.json.encode(op, enc_hook=_plain).decode())
-
-    def due(self, subscription: _Subscription) -> bool:
-        """Say whether the subscription takes a message now; of faster ones, those between are dropped."""
-        now_s = time.monotonic()
-        if now_s < subscription.due_s - 1e-3:
-            return False
-        subscription.due_s = max(subscription.due_s + subscription.throttle_s, now_s)
-        return True
-
-    async def serve(self) -> None:
-        writer = asyncio.create_task(self._write())
-        try:
-            with contextlib.suppress(WebSocketException):
-                async for frame in self.ws:
-                    if isinstance(frame, bytes):
-                        if self.server.dialect == "ros2":
-                            return  # binary from a client closes the connection
-                        continue
-                    await self._receive(frame)
-        finally:
-            writer.cancel()
-            for task in self._tasks:
-                task.cancel()
-
-    async def _write(self) -> None:
-        with contextlib.suppress(WebSocketException):
-            while True:
-                await self._work.wait()
-                self._work.clear()
-                while self._out:
-                    await self.ws.send(self._out.popleft())
-
-    async def _receive(self, frame: str) -> None:
-        server = self.server
-        if self._deaf or server.faults.half_dead:
-            return
-        try:
-            op = msgspec.json.decode(frame)
-        except (ValueError, RecursionError):
-            op = _lenient(frame)
-        if op is None or op == {}:
-            self._deaf = (
-                server.quirks.deafens
-                and bool(re.search(r"\{[^{}]*\}", frame))
-                and (op is None or server.dialect == "ros1")
-            )
-            return
-        if not isinstance(op, dict) or not isinstance(op.get("op"), str):
-            return
-        name = op["op"]
-        if name in ("call_service", "send_action_goal"):
-            work = self._call(op) if name == "call_service" else self._goal(op)
-            task = asyncio.create_task(work)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            if server.quirks.blocking:
-                await asyncio.wait([task])
-        elif (handle := getattr(self, f"_op_{name}", None)) is not None:
-            handle(op)
-
-    def _op_advertise(self, op: Mapping[str, Any]) -> None:
-        if isinstance(op.get("topic"), str) and self.server.topic(op["topic"], str(op.get("type", ""))) is not None:
-            self._advertised.add(op["topic"])
-
-    def _op_unadvertise(self, op: Mapping[str, Any]) -> None:
-        self._advertised.discard(str(op.get("topic")))
-
-    def _op_publish(self, op: Mapping[str, Any]) -> None:
-        if op.get("topic") in self._advertised and isinstance(op.get("msg"), dict):
-            self.server.take(op["topic"], op["msg"])
-
-    def _op_subscribe(self, op: Mapping[str, Any]) -> None:
-        name, throttle = op.get("topic"), op.get("throttle_rate", 0)
-        if not isinstance(name, str) or not isinstance(throttle, int | float):
-            return
-        known = self.server._topics.get(name)
-        entry = self.server.topic(name, str(op.get("type") or (known.type_name if known else "")))
-        if entry is None:
-            return
-        wanted = _Subscription(throttle_s=max(0.0, throttle / 1000), cbor=op.get("compression") == "cbor")
-        if (old := self.subscriptions.get(name)) is not None:  # merged: the lowest throttle, the strongest compression
-            wanted = _Subscription(throttle_s=min(old.throttle_s, wanted.throttle_s), cbor=old.cbor or wanted.cbor)
-        self.subscriptions[name] = wanted
-        if entry.last is not None:
-            frame = self.server._frame(name, entry.last, cbor=wanted.cbor)
-            if frame is not None and not self.server.faults.loses():
-                self.send(frame)
-
-    def _op_unsubscribe(self, op: Mapping[str, Any]) -> None:
-        self.subscriptions.pop(str(op.get("topic")), None)
-
-    def _op_advertise_service(self, op: Mapping[str, Any]) -> None:
-        self.services.add(str(op.get("service")))
-
-    def _op_unadvertise_service(self, op: Mapping[str, Any]) -> None:
-        self.services.discard(str(op.get("service")))
-
-    def _op_service_response(self, op: Mapping[str, Any]) -> None:
-        future = self._asked.pop(str(op.get("id")), None)
-        if future is not None and not future.done():
-            future.set_result(dict(op))
-
-    def _op_cancel_action_goal(self, op: Mapping[str, Any]) -> None:
-        handle = self._goals.get(str(op.get("id")))
-        if handle is not None:
-            handle.on_cancel()
-
-    async def ask(self, service: str, args: Message) -> dict[str, Any]:
-        """Call a service of this client."""
-        key = f"call_service:{service}:{next(self._ids)}"
-        self._asked[key] = future = asyncio.get_running_loop().create_future()
-        self.tell({"op": "call_service", "id": key, "service": service, "args": args})
-        return await future
-
-    async def _call(self, op: Mapping[str, Any]) -> None:
-        service = str(op.get("service"))
-        result, values = await self.server.answer(service, op.get("args"))
-        answer = {"op": "service_response", "service": service, "values": values, "result": result}
-        self.tell(answer | ({"id": op["id"]} if "id" in op else {}))
-
-    async def _goal(self, op: Mapping[str, Any]) -> None:
-        action, key, goal = str(op.get("action")), str(op.get("id")), op.get("args")
-        start = self.server.goal(action)
-        ended: asyncio.Future[tuple[int, Mapping[str, Any]]] = asyncio.get_running_loop().create_future()
-        if start is None or not isinstance(goal, dict):
-            if self.server.quirks.blocking:
-                await ended  # for an absent server it blocks for ever
-            return
-
-        def settle(status: int, result: Mapping[str, Any]) -> None:
-            if not ended.done():
-                ended.set_result((status, result))
-
-        def finish(status: int, result: Mapping[str, Any]) -> None:
-            self.server.later(settle, status, result)
-
-        self._goals[key] = handle = GoalHandle(id=key, action=action, goal=goal, finish=finish)
-        start(handle)
-        status, result = await ended
-        self._goals.pop(key, None)
-        # `result: true` also comes with aborted goals, as from real servers
-        self.tell(
-            {"op": "action_result", "action": action, "id": key, "values": result, "status": status, "result": True}
-        )
-
-
-def _lenient(frame: str) -> Any:
-    """Read what Python's JSON takes beyond the standard (NaN, Infinity); None for what is no JSON."""
-    import json
-
-    try:
-        return json.loads(frame)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    raise NotImplementedError(type(value).__name__)
-
-
-def _tagged(value: Any) -> Any:
-    """Return `value` with lists of floats as typed arrays, as rosbridge writes CBOR."""
-    if isinstance(value, Mapping):
-        return {key: _tagged(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
-        return cbor2.CBORTag(86, np.asarray(value, "<f8").tobytes())
-    return [_tagged(item) for item in value] if isinstance(value, list) else value

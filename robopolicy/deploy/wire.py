@@ -117,7 +117,7 @@ def decode(frame: str | bytes) -> dict[str, Any] | None:
                 value = msgspec.json.decode(frame)
             except (msgspec.DecodeError, UnicodeError):
                 value = json.loads(frame)  # also takes the bare NaN, Infinity and 1e400 that some servers send
-    except (ValueError, TypeError, LookupError, RecursionError, OverflowError, MemoryError, EOFError):
+    except (cbor2.CBORError, ValueError, TypeError, LookupError, RecursionError, OverflowError, MemoryError, EOFError):
         return None
     return value if isinstance(value, dict) and isinstance(value.get("op"), str) else None
 

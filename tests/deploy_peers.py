@@ -1,0 +1,224 @@
+"""Robots without physics and other peers of a bridge, for the tests of deployment.
+
+Run as a program it is a robot that knows nothing of this project: `python deploy_peers.py roslibpy <url> <seconds>`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ARM = tuple(f"panda_joint{i}" for i in range(1, 8))
+FINGERS = ("panda_finger_joint1", "panda_finger_joint2")
+HOME = np.array([0.0, 0.4, 0.0, -1.9, 0.0, 2.3, 0.8])
+
+
+def robot_data(**command: Any) -> dict[str, Any]:
+    """Return the Panda's robot file as a mapping, with changes to its `command`."""
+    data = yaml.safe_load((CONFIGS / "robot" / "panda.yaml").read_text())
+    return {**data, "command": {**data["command"], **command}}
+
+
+class StillArm:
+    """A `Steppable` arm that is at once where it is told to be; an object and a goal lie about."""
+
+    joint_names = (*ARM, *FINGERS)
+    arm_dof = 7
+    dt_s = 0.01
+    control_steps_every = 5
+    cameras: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.physics_steps = 0
+        self._position = np.zeros(9)
+        self._velocity = np.zeros(9)
+
+    def reset(self, seed: int) -> None:
+        self.physics_steps = 0
+        self._position, self._velocity = np.array([*HOME, 0.04, 0.04]), np.zeros(9)
+        self._object = np.array([0.01 * seed, 0.1, 0.02, 1.0, 0.0, 0.0, 0.0])
+
+    def drive(self, arm_rad: NDArray[np.float64], finger_m: float) -> None:
+        before = self._position
+        self._position = np.array([*arm_rad, max(finger_m, 0.0), max(finger_m, 0.0)])
+        self._velocity = (self._position - before) / self.dt_s
+
+    def step(self) -> None:
+        self.physics_steps += 1
+
+    def position(self) -> NDArray[np.float64]:
+        return self._position.copy()
+
+    def velocity(self) -> NDArray[np.float64]:
+        return self._velocity.copy()
+
+    def extras(self) -> dict[str, NDArray[np.float64]]:
+        return {"obj_pose": self._object, "goal_pos": np.array([0.1, 0.2, 0.3])}
+
+    @property
+    def success(self) -> bool:
+        return self.physics_steps > 100
+
+    def picture(self, camera: str) -> NDArray[np.uint8]:
+        raise AssertionError(camera)
+
+
+@contextlib.contextmanager
+def arm_behind_a_bridge(*, command: dict[str, Any] | None = None, settings: Any = None, **server: Any) -> Iterator[Any]:
+    """Run a `SimRobot` with a `StillArm`; yields it. `server`: settings of its RosbridgeServer."""
+    from robopolicy.deploy.robot import RobotFile
+    from robopolicy.deploy.sim_robot import SimRobot
+    from robopolicy.deploy.sim_server import RosbridgeServer
+
+    bridge = RosbridgeServer(**server)
+    robot = SimRobot(StillArm(), RobotFile.from_dict(robot_data(**(command or {}))), bridge, settings)
+    bridge.start()
+    robot.start()
+    try:
+        yield robot
+    finally:
+        robot.close()
+        bridge.close()
+
+
+@contextlib.contextmanager
+def client_of(robot: Any, **settings: Any) -> Iterator[Any]:
+    """Yield a connected `RemoteRobot` of the simulated `robot`."""
+    from robopolicy.deploy.remote import RemoteRobot
+
+    client = RemoteRobot(robot.robot, url=robot.server.url, **settings)
+    try:
+        client.connect()
+        yield client
+    finally:
+        client.close()
+
+
+class TimeTeller:
+    """Sends commands at a fixed rate whose first joint says when each was sent, so that old ones show.
+
+    The joint is `time - start` in units of 100 s.
+    """
+
+    UNIT_S = 100.0
+
+    def __init__(self, client: Any, *, rate_hz: float = 50.0) -> None:
+        self._client, self._period_s = client, 1.0 / rate_hz
+        self.start_s = time.monotonic()
+        self.sent = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._period_s):
+            position = HOME.copy()
+            position[0] = (time.monotonic() - self.start_s) / self.UNIT_S
+            self._client.send(position, np.zeros(7), None)
+            self.sent += 1
+
+    def ages_s(self, accepted: Any) -> list[float]:
+        """Return how old each accepted command was when it arrived; stops (which tell no time) are left out."""
+        moving = [command for command in accepted if command.points == 2]
+        return [c.arrival_s - self.start_s - c.positions[0] * self.UNIT_S for c in moving]
+
+    def __enter__(self) -> TimeTeller:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def until(true: Callable[[], Any], *, within_s: float = 3.0) -> float:
+    """Wait until `true()`; return how long it took.
+
+    Raises:
+        AssertionError: it did not become true.
+    """
+    began_s = time.monotonic()
+    while not true():
+        assert time.monotonic() - began_s < within_s, f"not within {within_s:g} s"
+        time.sleep(0.002)
+    return time.monotonic() - began_s
+
+
+class RoslibpyRobot:
+    """A robot in a process of its own, on the bridge by roslibpy: sends joint states, notes what it is sent."""
+
+    def __init__(self, url: str, *, dialect: str = "ros2", seconds: float = 8.0) -> None:
+        import subprocess
+
+        command = [sys.executable, __file__, "roslibpy", url, dialect, str(seconds)]
+        self._child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.seen: list[dict[str, Any]] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            if line.startswith("{"):
+                self.seen.append(json.loads(line))
+
+    def close(self) -> None:
+        self._child.terminate()
+        self._child.wait(5)
+
+
+def roslibpy_robot(url: str, dialect: str, seconds: float) -> None:
+    """Be the other process of `RoslibpyRobot`."""
+    from urllib.parse import urlsplit
+
+    import roslibpy
+
+    parts = urlsplit(url)
+    ros = roslibpy.Ros(parts.hostname, parts.port)
+    ros.run(timeout=10)
+    states = roslibpy.Topic(ros, "/joint_states", "sensor_msgs/JointState")
+    orders = roslibpy.Topic(ros, "/panda_arm_controller/joint_trajectory", "trajectory_msgs/JointTrajectory")
+    estop = roslibpy.Topic(ros, "/robopolicy/estop", "std_msgs/Bool")
+    stop = roslibpy.Service(ros, "/robopolicy/stop", "std_srvs/Trigger")
+    hello = roslibpy.Service(ros, "/hello", "std_srvs/Trigger")
+
+    def tell(kind: str, message: Any) -> None:
+        print(json.dumps({"kind": kind, "message": dict(message)}), flush=True)
+
+    def ask_to_stop(message: Any) -> None:
+        estop.publish({"data": True})
+        stop.call(roslibpy.ServiceRequest({}), lambda answer: tell("answer", answer), lambda error: tell("error", {}))
+
+    def answer(request: Any, response: Any) -> bool:
+        response["success"], response["message"] = True, "hello"
+        return True
+
+    hello.advertise(answer)
+    orders.subscribe(lambda message: tell("trajectory", message))
+    roslibpy.Topic(ros, "/please_stop", "std_msgs/Bool").subscribe(ask_to_stop)
+    states.advertise()
+    estop.advertise()
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        now_s = time.time()
+        parts_of_time = (int(now_s), int(now_s % 1 * 1e9))
+        names = ("secs", "nsecs") if dialect == "ros1" else ("sec", "nanosec")
+        header = {"stamp": dict(zip(names, parts_of_time, strict=True)), "frame_id": ""}
+        body = {"name": list(ARM), "position": HOME.tolist(), "velocity": [0.0] * 7, "effort": []}
+        states.publish({"header": header, **body})
+        time.sleep(0.01)
+    ros.close()
+
+
+if __name__ == "__main__":
+    assert sys.argv[1] == "roslibpy"
+    roslibpy_robot(sys.argv[2], sys.argv[3], float(sys.argv[4]))
