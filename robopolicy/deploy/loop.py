@@ -97,7 +97,7 @@ class ControlLoop:
         self.stats = LoopStats()
         self.vitals = Vitals()
         self.safety = safety
-        self.recorders = tuple(recorders)
+        self._recorders = recorders
         self._robot, self._file = robot, file
         self._converter, self._gripper, self._builder = converter, gripper, builder
         self._playlist, self._runner = playlist, runner
@@ -178,7 +178,7 @@ class ControlLoop:
         work_s = time.monotonic() - now_s
         self.stats.late_s[index], self.stats.work_s[index] = late_s, work_s
         self.stats.turns += 1
-        for recorder in self.recorders:
+        for recorder in self._recorders:
             recorder.tick(tick(work_s))
         if now_s - self._status_at_s >= STATUS_S:
             self._status_at_s = now_s

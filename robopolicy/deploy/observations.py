@@ -31,8 +31,9 @@ from robopolicy.deploy.kinematics import Chain
 from robopolicy.deploy.robot import RobotFile
 from robopolicy.types import ModalitySpec, Observation, TaskSpec
 
-STILL_M_S = 0.01
-"""Fingers slower than this stand still."""
+STILL_M, STILL_S = 5e-4, 0.04
+"""Fingers stand still that move less than this in that time. Their velocity does not tell: ManiSkill's simulation
+gives 0.2 m/s for fingers that press on something."""
 DRIFT = 1e-3
 """Seconds per second by which the fastest path between the clocks is forgotten: far more than clocks drift."""
 SETTLING_S = 2.0
@@ -198,7 +199,7 @@ class ObservationBuilder:
         values["joints.position"] = np.concatenate([position, fingers])
         values["joints.velocity"] = np.concatenate([velocity, finger_speed]) / self._speed
         values["tcp_pose"] = tool_pose(self._robot, self._chain, position)
-        values["grasped"] = np.array([self._grasps(moment, width, width_velocity)], np.float64)
+        values["grasped"] = np.array([self._grasps(moment, width, states, times)], np.float64)
         for name, found in samples.items():
             at = stream_times.get(name)
             index = len(found) - 1 if at is None else max(0, bisect_right(at, moment + 1e-9) - 1)
@@ -220,13 +221,14 @@ class ObservationBuilder:
             parts.append(value[:3] if part == "position" else value[3:7] if part == "quaternion" else value)
         return parts[0] if len(parts) == 1 else parts[0] - parts[1]  # type: ignore[operator]
 
-    def _grasps(self, moment: float, width: float | None, speed: float | None) -> bool:
+    def _grasps(self, moment: float, width: float | None, states: Sequence[RobotState], times: Sequence[float]) -> bool:
         gripper = self._robot.gripper
         if gripper is None or width is None:
             return False
         told = [opening for at, opening in tuple(self._gripper) if at <= moment]
-        closing = bool(told) and told[-1] == gripper.closed_m
-        return closing and gripper.grasped_above_m < width and abs(speed or 0.0) < STILL_M_S * self._speed
+        before = joints_at(moment - STILL_S / self._speed, states, times)[2]
+        still = before is not None and abs(width - before) < STILL_M
+        return bool(told) and told[-1] == gripper.closed_m and gripper.grasped_above_m < width and still
 
 
 def joints_at(

@@ -84,7 +84,7 @@ class PolicyRunner:
         """Control periods in which no observation was taken because the plan before took too long."""
         self._planner, self._builder, self._playlist, self._robot = planner, builder, playlist, robot
         self._now, self._shape = timing.now, (1, timing.horizon, spec.action.dim)
-        self._on_fault, self._recorders, self._confirm = on_fault, tuple(recorders), confirm
+        self._on_fault, self._recorders, self._confirm = on_fault, recorders, confirm
         self._ensemble = Ensemble(spec.action.discrete, decay=ensemble_decay) if executor == "ensemble" else None
         self._running = threading.Event()
         self._closed = False

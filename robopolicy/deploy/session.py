@@ -84,7 +84,7 @@ class Session:
         self.stopped = threading.Event()
         self.episode = ""
         """What is being done, for people."""
-        self._robot, self._recorders = robot, tuple(recorders)
+        self._robot, self._recorders = robot, list(recorders)
         self._seed = 0
         self._stopping = threading.Lock()
         chain, period_s = find_chain(file.kinematics), spec.action.control_dt_s / speed
@@ -123,6 +123,10 @@ class Session:
             recorders=self._recorders,
         )
         self._thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
+
+    def add_recorder(self, recorder: Recorder) -> None:
+        """Tell `recorder` of all that happens from now on; before `open`."""
+        self._recorders.append(recorder)
 
     def open(self) -> None:
         """Start the threads; nothing moves before `begin`."""
