@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from robopolicy.atomic import new_folder
 from robopolicy.evaluation.results import write_results
 from robopolicy.evaluation.rollout import actor_latency
-from robopolicy.evaluation.video import record
+from robopolicy.evaluation.video import record, record_failures
 
 
 def make_run(root: Path, *, name: str = "run <1>", steps: tuple[int, ...] = (100,), losses: bool = True) -> Path:
@@ -66,6 +66,8 @@ def add_evaluation(
     result = run_point(4, chosen, lame_above=lame_above)
     with new_folder(run / "eval" / name) as staged:
         video = record(PointEnv(1), result.episodes[:4], staged, size_px=48) if film else None
+        failed = [episode for episode in result.episodes if not episode.success_once]
+        failures = record_failures(PointEnv(len(failed)), failed, staged, size_px=48) if film else None
         info = info_of(
             result,
             {
@@ -81,6 +83,7 @@ def add_evaluation(
             checkpoint={"path": f"step_{step}", "step": step, "weights_sha256": "a" * 64},
             latency_batch_1=actor_latency(HomingActor(1), {"proprio": torch.zeros(1, 2)}, num_calls=30),
             video=video,
+            failures=failures,
         )
         write_results(staged, {**info, **(changes or {})}, result)
     return run / "eval" / name

@@ -15,7 +15,18 @@ from safetensors.torch import save_file
 
 from robopolicy.errors import CheckpointError
 from robopolicy.evaluation.charts import histogram, loss_chart
-from robopolicy.evaluation.report import context, duration, milliseconds, num_parameters, percent, render_report
+from robopolicy.evaluation.comparison import compare_evaluations, read_saved
+from robopolicy.evaluation.report import (
+    context,
+    duration,
+    milliseconds,
+    num_parameters,
+    percent,
+    points,
+    render_report,
+)
+from robopolicy.evaluation.report_tables import episode_columns
+from robopolicy.evaluation.statistics import mcnemar_exact, wilson_interval
 from robopolicy.evaluation.video import record
 
 VOID = {"meta", "br", "img", "input", "link", "path", "use", "source"}
@@ -81,6 +92,8 @@ def test_a_full_report_holds_everything_and_requests_nothing(tmp_path):
         f"torch {torch.__version__}",
     ):
         assert flat(wanted) in text
+    assert "How failed episodes ended" in text
+    assert page.tags.count("img") == 1
     assert page.tags.count("svg") == 3
     assert "video" in page.tags
     assert all(url.startswith(("data:", "#")) for url in page.urls if url not in page.links)
@@ -117,6 +130,75 @@ def test_the_headline_is_the_last_step_as_trained_not_the_best(tmp_path):
     assert [one["name"] for one in shown["evaluations"]] == ["a", "b", "c", "d"]
     assert shown["step"] == 100
     assert "sampler.num_inference_steps=4" in flat(page_of(run).text)
+
+
+def test_evaluations_of_the_same_episodes_are_paired_with_the_headline(tmp_path):
+    run = make_run(tmp_path)
+    add_evaluation(run, "main", n=30, lame_above=0.9)
+    add_evaluation(run, "bad", n=30, lame_above=-0.4, policy_overrides={"sampler.eta": 1.0})
+    add_evaluation(run, "late", n=30, latency="fixed_ms:200")
+    add_evaluation(run, "short", n=10)
+    shown = context(run)
+    assert shown["main"]["name"] == "main"
+    (row,) = shown["paired"]
+    (pair,) = compare_evaluations({name: read_saved(run / "eval" / name) for name in ("main", "bad")})
+    assert (row["name"], row["verdict"], row["won"], row["lost"]) == ("bad", "worse", 0, len(pair.seeds_only_a))
+    assert row["p"] == pair.paired.p_value
+    text = flat(page_of(run).text)
+    assert "Against main, episode by episode" in text
+    assert f"{points(100 * pair.paired.interval[0])} to {points(100 * pair.paired.interval[1])}" in text
+    assert "latency=fixed_ms:200" in text
+    assert "n_action_steps=" not in text
+
+
+def cell(shift: str, level: int, n_success: int) -> dict[str, object]:
+    """Return a cell of robustness.json: `n_success` of 50, against 48."""
+    low, high = wilson_interval(n_success, 50)
+    lost = 48 - n_success
+    return {
+        "shift": shift, "family": "scene", "level": level, "strength": 0.03 * level, "unit": "m", "n": 50,
+        "n_success": n_success, "rate": n_success / 50, "ci95": [low, high], "difference": -lost / 50,
+        "difference_ci95": [-1, 1], "lost": lost, "gained": 0, "mcnemar_p": mcnemar_exact(lost, 0), "folder": f"eval/{shift}_{level}",
+    }  # fmt: skip
+
+
+def test_a_shift_suite_becomes_a_heat_map(tmp_path):
+    run = make_run(tmp_path)
+    add_evaluation(run, "main")
+    assert "Robustness" not in page_of(run).text
+    table = {
+        "format": "robopolicy-robustness/1", "suite": "1", "task": "point", "step": 100, "n_episodes": 50,
+        "seed": 10000, "settings": {}, "clean": {"n_success": 48, "n": 50, "rate": 0.96, "ci95": [0.86, 0.99]},
+        "cells": [cell("goal_moved", 1, 47), cell("goal_moved", 3, 12), cell("push", 2, 41)],
+        "skipped": [{"shift": "camera_pose", "why": "the policy sees no camera"}],
+    }  # fmt: skip
+    (run / "eval/suite").mkdir()
+    file = run / "eval/suite/robustness.json"
+    file.write_text(json.dumps(table))
+    shown = context(run)["robustness"]
+    assert shown["levels"] == [1, 2, 3]
+    assert [cell["changed"] for row in shown["rows"] for cell in row["cells"].values()] == [False, True, True]
+    text = flat(page_of(run).text)
+    for wanted in (
+        "It loses most to goal_moved at level 3",
+        "24* -72.0",
+        "94 -2.0",
+        "camera_pose (the policy sees no camera)",
+    ):
+        assert wanted in text
+    file.write_text("{")
+    assert "Robustness" not in page_of(run).text
+
+
+def test_episodes_show_what_else_is_known_of_them():
+    rows = [
+        {"min_distance_m": 0.012, "num_replans": 3, "num_hold_steps": 0},
+        {"min_distance_m": None, "num_replans": 4},
+    ]
+    columns = episode_columns(rows)
+    assert [column["heading"] for column in columns] == ["nearest, cm", "plans"]
+    assert columns[0]["values"] == [(0.012, "1.2"), (None, "–")]
+    assert episode_columns([{"seed": 1}]) == []
 
 
 def test_a_published_policy_is_its_own_run(tmp_path):

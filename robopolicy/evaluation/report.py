@@ -67,7 +67,8 @@ def context(run_dir: Path) -> dict[str, Any]:
     config = json.loads((folder / "policy.json").read_text())
     metrics = _metrics(run_dir)
     evaluations = read_evaluations(run_dir)
-    main = _main(evaluations)
+    timing = config["timing"]
+    main = _main(evaluations, timing)
     where = _as_typed(run_dir)
     return {
         "run": run_dir.resolve().name,
@@ -79,8 +80,8 @@ def context(run_dir: Path) -> dict[str, Any]:
         "sections": _training_facts(config, folder, metrics),
         "loss_svg": _loss(metrics),
         "has_val": "val/loss" in metrics,
-        "main": None if main is None else _shown(main),
-        "evaluations": [_shown(one) for one in evaluations],
+        "main": None if main is None else _shown(main, timing),
+        "evaluations": [_shown(one, timing) for one in evaluations],
         "latency_svg": _latency_chart(main),
         "steps_svg": _steps_chart(main),
         "video": _video(main),
@@ -147,17 +148,17 @@ def _metrics(run_dir: Path) -> dict[str, tuple[list[float], list[float]]]:
     return found
 
 
-def _main(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+def _main(evaluations: Sequence[Evaluation], timing: Mapping[str, Any]) -> Evaluation | None:
     """Return the evaluation in the headline: of the last step, as trained, with the most episodes; never the best."""
 
     def rank(one: Evaluation) -> tuple[Any, ...]:
-        usual = report_tables.as_trained(one.info["settings"])
+        usual = not report_tables.notes(one.info["settings"], timing)
         return (one.info["checkpoint"].get("step") or 0, usual, one.info["overall"]["n_episodes"], one.name)
 
     return max(evaluations, key=rank, default=None)
 
 
-def _shown(one: Evaluation) -> dict[str, Any]:
+def _shown(one: Evaluation, timing: Mapping[str, Any]) -> dict[str, Any]:
     """Return an evaluation with the parts of its time and a line about its settings worked out."""
     info = one.info
     time = info["time"]
@@ -167,7 +168,7 @@ def _shown(one: Evaluation) -> dict[str, Any]:
     settings = info["settings"]
     seeds = settings.get("seeds", [])
     notes = [f"step {info['checkpoint'].get('step')}", f"seeds {_ranges(seeds)}"]
-    notes += report_tables.condition_notes(settings)
+    notes += report_tables.notes(settings, timing)
     return {
         **info,
         "name": one.name,

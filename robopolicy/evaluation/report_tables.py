@@ -24,22 +24,22 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 """What is known of an episode beside its outcome: key in episodes.jsonl, heading, how to write it."""
 
-USUAL: dict[str, Any] = {"latency": "frozen", "executor": "async", "shift": None, "engine": "eager"}
+USUAL: dict[str, Any] = {"latency": "frozen", "executor": "async", "shift": None, "engine": "eager", "noise_seed": 0}
 """Settings that a note names where they are otherwise."""
 
 
-def condition_notes(settings: Mapping[str, Any]) -> list[str]:
-    """Return `key=value` for the settings of an evaluation that are not the usual ones."""
-    notes = [f"{key}={settings[key]}" for key, usual in USUAL.items() if settings.get(key) not in (None, usual)]
+def notes(settings: Mapping[str, Any], timing: Mapping[str, Any]) -> list[str]:
+    """Return `key=value` for the settings of an evaluation that are not the usual ones.
+
+    Args:
+        timing: of the policy as trained.
+    """
+    usual = {**USUAL, "n_action_steps": timing.get("n_action_steps")}
+    found = [f"{key}={settings[key]}" for key, value in usual.items() if settings.get(key) not in (None, value)]
     planner = settings.get("planner")
     if isinstance(planner, Mapping) and not str(planner.get("_target_", "")).endswith("FreshPlanner"):
-        notes.append(f"planner={str(planner.get('name') or planner.get('_target_')).rpartition('.')[2]}")
-    return notes + [f"{key}={value}" for key, value in (settings.get("policy_overrides") or {}).items()]
-
-
-def as_trained(settings: Mapping[str, Any]) -> bool:
-    """Return whether the policy was evaluated as it was trained, undisturbed and with time to think."""
-    return not condition_notes(settings) and not settings.get("noise_seed")
+        found.append(f"planner={str(planner.get('name') or planner.get('_target_')).rpartition('.')[2]}")
+    return found + [f"{key}={value}" for key, value in (settings.get("policy_overrides") or {}).items()]
 
 
 def paired_table(main: Evaluation | None, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
@@ -55,6 +55,7 @@ def paired_table(main: Evaluation | None, evaluations: Sequence[Evaluation]) -> 
     except RobopolicyError:  # an evaluation whose rows are not whole
         return []
     rows = []
+    half = max(abs(side) for pair in pairs for side in pair.paired.interval)  # of the axis of differences
     for pair in pairs:
         low, high = pair.paired.interval
         rows.append(
@@ -64,6 +65,7 @@ def paired_table(main: Evaluation | None, evaluations: Sequence[Evaluation]) -> 
                 "pc_success": 100 * pair.paired.rate_b,
                 "difference": 100 * pair.paired.difference,
                 "interval": (100 * low, 100 * high),
+                "marks": [50 + 50 * value / half for value in (low, pair.paired.difference, high)],
                 "won": pair.paired.only_b,
                 "lost": pair.paired.only_a,
                 "seeds_won": pair.seeds_only_b,
