@@ -158,7 +158,8 @@ def cell(shift: str, level: int, n_success: int) -> dict[str, object]:
     return {
         "shift": shift, "family": "scene", "level": level, "strength": 0.03 * level, "unit": "m", "n": 50,
         "n_success": n_success, "rate": n_success / 50, "ci95": [low, high], "difference": -lost / 50,
-        "difference_ci95": [-1, 1], "lost": lost, "gained": 0, "mcnemar_p": mcnemar_exact(lost, 0), "folder": f"eval/{shift}_{level}",
+        "difference_ci95": [-1, 1], "lost": lost, "gained": 0, "mcnemar_p": mcnemar_exact(lost, 0),
+        "folder": f"eval/{shift}_{level}",
     }  # fmt: skip
 
 
