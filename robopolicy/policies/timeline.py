@@ -4,12 +4,15 @@ A chunk is made from the observation of control step k; its action i (counted fr
 step k + i. It arrives at step k + d. What happens to the first d actions depends on what each dimension means:
 
     absolute, discrete   the value due now is taken; the passed ones are of no further interest
-    increments           the passed ones meant a motion, and something else was executed meanwhile. The plan wants the
-                         arm displaced, since the observation, by D_t = a_0 + ... + a_t at the end of step t; commanded
-                         so far is C = c_0 + ... + c_{t-1}. So c_t = clip(D_t - C): nothing is lost, nothing is doubled,
-                         and what the bounds cut off is carried over to the next step
+    increments           the passed ones meant a motion, and something else was executed meanwhile: the robot owes
+                         a_0 + ... + a_{d-1} - (c_0 + ... + c_{d-1}), where c are the increments that were sent since
+                         the observation. The debt is paid in d + 1 equal shares on top of the plan, and what the bounds
+                         cut off is carried over: nothing is lost and nothing is doubled. From step k + 2 d on, the arm
+                         is where the plan wants it
 
-The second rule is exact where increments add to the previous target (`delta_from="target"`), and for increments from
+Paying at once would be exact d steps earlier, but plans that overlap then correct each other's corrections: replanning
+every step one step late, c_{k+1} = a_1 + (a_0 - c_k) rings for ever at best (docs/latency.md). With shares each swing is
+d / (d + 1) of the one before. They are exact where increments add to the previous target (`delta_from="target"`), and for increments from
 the measured state as far as the arm follows each within its step; rotation increments add up to first order.
 Where the robot has stood still since the observation, nothing has moved and nothing is late: the chunk is played from
 its beginning. This covers the first plan of an episode and every plan of a stop-and-think robot.
@@ -55,7 +58,7 @@ class ChunkTimeline:
         self._chunk: Tensor | None = None
         self._stamp = torch.zeros(num_envs, dtype=torch.int64)
         self._has_chunk = torch.zeros(num_envs, dtype=torch.bool)
-        self._debt, self._executed = zeros.clone(), zeros.clone()
+        self._debt, self._share, self._executed = zeros.clone(), zeros.clone(), zeros.clone()
         self._observed = torch.zeros(num_envs, dtype=torch.int64)
         self._stood_still = torch.zeros(num_envs, dtype=torch.bool)
 
@@ -89,6 +92,7 @@ class ChunkTimeline:
             meant = (self._clip(chunk[:, self._now :]) * passed[..., None]).sum(dim=1)
             debt = torch.where(still.to(chunk.device)[:, None], 0, meant - self._executed[rows])
             self._debt[rows] = torch.where(self._increments, debt, 0)
+            self._share[rows] = self._debt[rows] / (late + 1).to(chunk.device)[:, None]
 
     def hold(self, last: Tensor) -> Tensor:
         """Return the actions [N, A] that stay: zero for increments, the value `last` [N, A] sent for all others."""
@@ -104,10 +108,10 @@ class ChunkTimeline:
             return still, playing
         there = playing.to(last.device)[:, None]
         planned = self._chunk[torch.arange(len(index)), (self._now + index).clamp(max=self._chunk.shape[1] - 1)]
-        wanted = planned + self._debt
+        paid = torch.where(self._debt.abs() < self._share.abs(), self._debt, self._share)
         owed = self._increments & (self._debt != 0)
-        sent = torch.where(there, torch.where(owed, self._clip(wanted), planned), still)
-        self._debt = torch.where(there & owed, wanted - sent, self._debt)
+        sent = torch.where(there, torch.where(owed, self._clip(planned + paid), planned), still)
+        self._debt = torch.where(there & owed, self._debt - (sent - planned), self._debt)
         return sent, playing
 
     def executed(self, action: Tensor, playing: Tensor) -> None:
@@ -124,5 +128,5 @@ class ChunkTimeline:
 
     def _to(self, device: torch.device) -> None:
         if self._debt.device != device:
-            for name in ("_debt", "_executed", "_increments", "_low", "_high"):
+            for name in ("_debt", "_share", "_executed", "_increments", "_low", "_high"):
                 setattr(self, name, getattr(self, name).to(device))
