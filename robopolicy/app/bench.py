@@ -14,16 +14,31 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
     ("robopolicy bench", "steps per second of the simulation: one environment, processes, and our batch"),
     ("robopolicy bench tasks=[stack_cube] control_modes=[pd_ee_delta_pose] num_envs=[16]", "one task and one size"),
     ("ROBOPOLICY_SIM_THREADS=1 robopolicy bench --json", "on one core, as JSON"),
+    (
+        "robopolicy bench latency checkpoint=pick_cube success_episodes=100 out=latency",
+        "milliseconds per tick by engine and sampler; latency.json and a plot of success against latency",
+    ),
 )
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Run the benchmark `cfg.what` and print its table."""
+    """Run the benchmarks `cfg.what` and print their tables."""
     from robopolicy.errors import UnknownNameError
 
-    if cfg.what not in BENCHMARKS:
-        raise UnknownNameError("benchmark", cfg.what, BENCHMARKS)
-    return BENCHMARKS[cfg.what](cfg)
+    wanted = [cfg.what] if isinstance(cfg.what, str) else list(cfg.what)
+    for name in wanted:
+        if name not in BENCHMARKS:
+            raise UnknownNameError("benchmark", name, BENCHMARKS)
+    results = {name: BENCHMARKS[name](cfg) for name in wanted}
+    return results[wanted[0]] if len(wanted) == 1 else results
+
+
+def _latency(cfg: DictConfig) -> dict[str, Any]:
+    from rich.console import Console
+
+    from robopolicy.app.bench_latency import measure
+
+    return measure(cfg, Console(stderr=True, highlight=False))
 
 
 def _sim(cfg: DictConfig) -> dict[str, Any]:
@@ -70,5 +85,5 @@ def _row(speed: Speed, speeds: list[Speed]) -> dict[str, Any]:
     }
 
 
-BENCHMARKS = {"sim": _sim}
+BENCHMARKS = {"sim": _sim, "latency": _latency}
 """What can be measured."""

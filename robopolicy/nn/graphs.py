@@ -135,7 +135,8 @@ class OnnxRunner:
 
 def _buffer(value: Any) -> np.ndarray:
     """Return memory for an input or output of a session."""
-    return np.zeros(value.shape, {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}[value.type])
+    kinds = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int64)": np.int64}
+    return np.zeros(value.shape, kinds[value.type])
 
 
 class CompiledRunner:
@@ -176,12 +177,14 @@ BACKENDS: dict[str, Callable[..., Runner]] = {"onnx": _onnx, "compile": _compile
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' notes about packages and constants that nobody asked for off the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -11,7 +11,7 @@ use (`capture` does it ahead). Noise is drawn outside, by the same generators in
 noise that eager would.
 
 A graph serves one row; a batch runs row by row, so rows cannot depend on their neighbours and an evaluation runs what
-a robot runs. Chains of more than MOST_UNROLLED network calls are not unrolled: there the network's two halves
+a robot runs. Chains of more than MAX_UNROLLED network calls are not unrolled: there the network's two halves
 (`nn.layers.ChunkNetwork`) are graphs and the chain around them is eager.
 
 CUDA graphs are not used: nothing here was written for, or tried on, a GPU.
@@ -47,17 +47,22 @@ OUTPUTS = {
 }
 """Methods of a policy that become graphs, where it has them, and what they return."""
 
-MOST_UNROLLED = 32
+TENSORS = (Tensor, Observation)
+
+MAX_UNROLLED = 32
 """Network calls of the longest chain that becomes one graph; exporting takes longer than linearly in it."""
 
 
-def build_engine(policy: Policy, engine: str = "eager", *, num_threads: int | None = None) -> Policy:
+def build_engine(
+    policy: Policy, engine: str = "eager", *, num_threads: int | None = None, max_unrolled: int = MAX_UNROLLED
+) -> Policy:
     """Return `policy` run by `engine`: the policy itself for `eager`, else a GraphEngine, which acts like it.
 
     Args:
         policy: in evaluation mode, on the CPU.
         engine: one of EngineName.
         num_threads: of ONNX Runtime; None: as many as torch uses now. `compile` always runs on torch's own threads.
+        max_unrolled: network calls of the longest chain that becomes one graph.
 
     Raises:
         RobopolicyError: the engine is unknown, its packages or a C++ compiler are missing, or the policy is on a GPU
@@ -72,7 +77,10 @@ def build_engine(policy: Policy, engine: str = "eager", *, num_threads: int | No
         raise RobopolicyError(f"engine={engine} runs on the CPU, the policy is on {policy.device}; use engine=eager.")
     if policy.training:
         raise RobopolicyError("An engine captures the policy as it acts: call policy.eval() first.")
-    return cast(Policy, GraphEngine(policy, engine, num_threads=num_threads or torch.get_num_threads()))
+    return cast(
+        Policy,
+        GraphEngine(policy, engine, num_threads=num_threads or torch.get_num_threads(), max_unrolled=max_unrolled),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +112,14 @@ class Graph:
 class GraphEngine:
     """Acts like the policy that it wraps, by graphs; everything else is forwarded to that policy."""
 
-    def __init__(self, policy: Policy, engine: str, *, num_threads: int, most_unrolled: int = MOST_UNROLLED) -> None:
+    def __init__(self, policy: Policy, engine: str, *, num_threads: int, max_unrolled: int = MAX_UNROLLED) -> None:
         self.engine = engine
         self.num_threads = num_threads
-        self.most_unrolled = most_unrolled
+        self.max_unrolled = max_unrolled
         self._policy: Any = policy
         self._graphs: dict[Any, Graph | Callable[..., Any]] = {}
-        self._names = {}
+        self._modalities = tuple(policy.spec.observation)
+        self._names: dict[str, list[str]] = {}
         self._network: nn.Module | None = None
         for name in OUTPUTS:
             if hasattr(policy, name):
@@ -127,58 +136,59 @@ class GraphEngine:
 
     def capture(self, method: str, *args: Any, **settings: Any) -> Graph | None:
         """Return the graph that `method` runs with these arguments; None if its chain is too long for one graph."""
-        arguments, key = self._arguments(method, args, settings)
-        found = self._graph(method, arguments, key)
+        args, settings = self._sorted(method, args, settings)
+        found = self._graph(method, args, settings)
         return found if isinstance(found, Graph) else None
 
     def _run(self, method: str, *args: Any, generator: Rng = None, **settings: Any) -> Any:
-        arguments, key = self._arguments(method, args, settings)
-        graph = self._graphs.get(key) or self._graph(method, arguments, key)
+        args, settings = self._sorted(method, args, settings)
+        graph = self._graphs.get((method, len(args), *settings.items())) or self._graph(method, args, settings)
         if not isinstance(graph, Graph):
-            return graph(generator=generator, **arguments)
+            return graph(*args, generator=generator, **settings)
         try:
-            tensors = list(_tensors(arguments, self._policy.spec.observation).values())
+            tensors = _tensors(args, self._modalities)
             fine = graph.fits(tensors)
         except KeyError:  # a modality is missing
             fine = False
         if not fine:
-            self._check(arguments)  # says what is wrong
+            self._check(args)  # says what is wrong
         if graph.draws[0]:
-            tensors = [_draw(graph.draws, len(tensors[0]), generator), *tensors]
+            tensors.insert(0, _draw(graph.draws, len(tensors[0]), generator))
         outputs = _by_row(graph, tensors)
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def _arguments(self, method: str, args: Sequence[Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        given = dict(zip(self._names[method], args, strict=False)) | {
-            k: v for k, v in settings.items() if v is not None
-        }
-        static = tuple((k, v) for k, v in given.items() if not isinstance(v, Tensor | Observation))
-        key = (method, tuple(k for k, v in given.items() if isinstance(v, Tensor)), static)
-        return given, key
+    def _sorted(self, method: str, args: tuple[Any, ...], settings: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """Return the tensors in the order of the method's signature, and the settings that are none."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        for name in self._names[method][len(args) :]:
+            if not isinstance(given.get(name), TENSORS):
+                break
+            args = (*args, given.pop(name))
+        return args, given
 
-    def _check(self, arguments: Mapping[str, Any]) -> None:
-        obs = arguments.get("obs")
-        if obs is not None:
-            self._policy.check_inputs(obs, arguments.get("guess"))
+    def _check(self, args: Sequence[Any]) -> None:
+        if isinstance(args[0], Observation):
+            self._policy.check_inputs(*args)
 
-    def _graph(self, method: str, arguments: Mapping[str, Any], key: Any) -> Graph | Callable[..., Any]:
+    def _graph(self, method: str, args: tuple[Any, ...], settings: dict[str, Any]) -> Graph | Callable[..., Any]:
+        key = (method, len(args), *settings.items())
         if key not in self._graphs:
-            self._check(arguments)
-            first = {name: _first_row(value) for name, value in arguments.items()}
-            num_calls, draws = self._rehearse(method, first)
-            if num_calls > self.most_unrolled:
+            self._check(args)
+            first = tuple(_first_row(value) for value in args)
+            num_calls, draws = self._rehearse(method, first, settings)
+            if num_calls > self.max_unrolled:
                 self._graphs[key] = getattr(self._with_network_graphs(), method)
             else:
-                self._graphs[key] = self._capture(method, first, draws)
+                self._graphs[key] = self._capture(method, first, settings, draws)
         return self._graphs[key]
 
-    def _rehearse(self, method: str, arguments: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
+    def _rehearse(self, method: str, args: tuple[Any, ...], settings: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
         """Run `method` eagerly on one row; return its number of network calls and the shape of its noise."""
         network = getattr(self._policy, "network", None)
         counter = _Counting(network) if isinstance(network, ChunkNetwork) else None
         policy = self._policy if counter is None else _with_network(self._policy, counter)
         tape = NoiseTape()
-        getattr(policy, method)(generator=tape, **arguments)
+        getattr(policy, method)(*args, generator=tape, **settings)
         shapes = {tuple(noise.shape) for noise in tape.drawn}
         if len(shapes) > 1:
             raise RobopolicyError(
@@ -187,26 +197,29 @@ class GraphEngine:
             )
         return counter.num_calls if counter else 0, (len(tape.drawn), *(shapes.pop() if shapes else ()))
 
-    def _capture(self, method: str, arguments: Mapping[str, Any], draws: tuple[int, ...]) -> Graph:
-        tensors = _tensors(arguments, self._policy.spec.observation)
+    def _capture(
+        self, method: str, args: tuple[Any, ...], settings: Mapping[str, Any], draws: tuple[int, ...]
+    ) -> Graph:
+        names: list[str] = []
+        for name, value in zip(self._names[method], args, strict=False):
+            names += self._modalities if isinstance(value, Observation) else [name]
+        tensors = _tensors(args, self._modalities)
         if draws[0]:
-            tensors = {"noise": randn(*draws), **tensors}
-        static = {k: v for k, v in arguments.items() if not isinstance(v, Tensor | Observation)}
-        module = _Method(self._policy, method, tuple(tensors), observes="obs" in arguments, static=static)
+            names, tensors = ["noise", *names], [randn(*draws), *tensors]
         outputs = OUTPUTS[method]
         runner = build_graph(
             self.engine,
-            module,
-            list(tensors.values()),
+            _Method(self._policy, method, settings, noise=bool(draws[0]), observes=isinstance(args[0], Observation)),
+            tensors,
             what=f"{type(self._policy).__name__}.{method}",
-            names=list(tensors),
+            names=names,
             outputs=outputs,
             num_threads=self.num_threads,
         )
         return Graph(
             method=method,
-            settings=static,
-            inputs={name: tuple(value.shape) for name, value in tensors.items()},
+            settings=dict(settings),
+            inputs={name: tuple(value.shape) for name, value in zip(names, tensors, strict=True)},
             draws=draws,
             outputs=outputs,
             runner=runner,
@@ -220,28 +233,22 @@ class GraphEngine:
 
 
 class _Method(nn.Module):
-    """A policy's method as a function of tensors alone, on one row."""
+    """A policy's method as a function of tensors alone."""
 
     def __init__(
-        self,
-        policy: Policy,
-        method: str,
-        names: tuple[str, ...],
-        *,
-        observes: bool,
-        static: Mapping[str, Any],
+        self, policy: Policy, method: str, settings: Mapping[str, Any], *, noise: bool, observes: bool
     ) -> None:
         super().__init__()
         self.policy = policy
-        self._method, self._names, self._static = method, names, dict(static)
+        self._method, self._settings, self._noise = method, dict(settings), noise
         self._modalities = tuple(policy.spec.observation) if observes else ()
 
     def forward(self, *tensors: Tensor) -> Any:
-        given: dict[str, Any] = dict(zip(self._names, tensors, strict=True))
-        tape = NoiseTape(given.pop("noise", ()))
-        if self._modalities:
-            given["obs"] = Observation(modalities={name: given.pop(name) for name in self._modalities})
-        return getattr(self.policy, self._method)(generator=tape, **given, **self._static)
+        tape = NoiseTape(tensors[0] if self._noise else ())
+        args: list[Any] = list(tensors[self._noise :])
+        if num := len(self._modalities):
+            args[:num] = [Observation(modalities=dict(zip(self._modalities, args[:num], strict=True)))]
+        return getattr(self.policy, self._method)(*args, generator=tape, **self._settings)
 
 
 class _Counting(ChunkNetwork):
@@ -306,14 +313,14 @@ def _with_network(policy: Any, network: nn.Module) -> Any:
     return other
 
 
-def _tensors(arguments: Mapping[str, Any], observed: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors among `arguments`, an observation's modalities each by its name."""
-    found: dict[str, Tensor] = {}
-    for name, value in arguments.items():
+def _tensors(args: Iterable[Any], modalities: Iterable[str]) -> list[Tensor]:
+    """Return the tensors that `args` hold."""
+    found: list[Tensor] = []
+    for value in args:
         if isinstance(value, Observation):
-            found |= {modality: value.modalities[modality] for modality in observed}
-        elif isinstance(value, Tensor):
-            found[name] = value
+            found += [value.modalities[name] for name in modalities]
+        else:
+            found.append(value)
     return found
 
 

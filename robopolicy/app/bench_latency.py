@@ -1,0 +1,409 @@
+"""`robopolicy bench latency`: how long one tick takes at batch 1, by engine and sampler, against bare network calls.
+
+A tick is one call of a planner: from a window of recorded observations, in environment units, to a chunk of actions.
+Contenders take turns within one process, a few consecutive ticks each; ratios are taken within a round and then their
+median, so that a busy machine slows both sides alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robopolicy.app.build import build_planner, resolve_planner
+from robopolicy.app.export import build_env, load
+from robopolicy.errors import RobopolicyError
+from robopolicy.evaluation.results import machine, read_evaluation, versions
+from robopolicy.evaluation.rollout import evaluate
+from robopolicy.evaluation.statistics import wilson_interval
+from robopolicy.nn.graphs import build_graph
+from robopolicy.policies.actors import ChunkActor, ObservationWindow
+from robopolicy.policies.engines import OUTPUTS, build_engine
+from robopolicy.policies.planners import Planner
+from robopolicy.training.fit import threads
+from robopolicy.types import Observation
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.console import Console
+
+    from robopolicy.training.checkpoint import LoadedPolicy
+
+WARMUP_TICKS = 2
+"""Dropped after the first tick of each round."""
+EVALUATION_SEED = 10000
+FRESH = {"_target_": "robopolicy.policies.planners.FreshPlanner"}
+
+
+@dataclass(kw_only=True)
+class Contender:
+    """What is timed: `tick` on consecutive observations, `first` on the one after a reset."""
+
+    engine: str
+    sampler: str
+    tick: Callable[[Observation], Any]
+    reset: Callable[[], None]
+    calls: Callable[[], float]
+    """Network calls per tick, so far."""
+    in_policy: Callable[[], float] = float
+    """Seconds spent in the policy since this was last asked, the planner's own work left out."""
+    rounds: list[list[float]] = field(default_factory=list)
+    policy_rounds: list[list[float]] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """Return milliseconds over all rounds."""
+        ms = 1e3 * np.concatenate([np.asarray(one) for one in self.rounds])
+        return {
+            "engine": self.engine,
+            "sampler": self.sampler,
+            "network_calls": self.calls(),
+            "median_ms": float(np.median(ms)),
+            "p95_ms": float(np.percentile(ms, 95)),
+            "p99_ms": float(np.percentile(ms, 99)),
+            "policy_ms": 1e3 * float(np.median(np.concatenate([np.asarray(one) for one in self.policy_rounds]))),
+            "first_tick_ms": 1e3 * float(np.median(self.first)),
+            "n_ticks": len(ms),
+        }
+
+    def over(self, other: Contender, *, policy_only: bool = False) -> float:
+        """Return the median over rounds of this contender's median time over `other`'s."""
+        pairs = zip(self.policy_rounds if policy_only else self.rounds, other.rounds, strict=True)
+        return float(np.median([np.median(mine) / np.median(theirs) for mine, theirs in pairs]))
+
+
+def measure(cfg: DictConfig, console: Console) -> dict[str, Any]:
+    """Time every engine with every sampler; return what is also written to `cfg.out`.json."""
+    loaded = load(cfg)
+    with threads(cfg.num_threads), torch.no_grad():
+        windows = record_windows(loaded, cfg.n_observations)
+        contenders: list[Contender] = []
+        floors: dict[tuple[str, int], Contender] = {}
+        for engine in cfg.engines:
+            with console.status(f"building {engine}"):
+                policy = build_engine(loaded.policy, engine, max_unrolled=cfg.max_unrolled)
+                added = [_planned(cfg, loaded, policy, engine, sampler) for sampler in cfg.samplers]
+                for contender in added:
+                    for obs in windows[:3]:
+                        contender.tick(obs)  # captures what there is to capture
+                bare = _bare_network(loaded.policy, engine)
+                for count in sorted({max(1, round(contender.calls())) for contender in added}):
+                    floors[engine, count] = _floor(bare, loaded.policy, engine, count)
+            contenders += added
+        _take_turns([*contenders, *floors.values()], windows, cfg, console)
+        success = find_success(cfg, loaded, console)
+    rows = [_compared(contender, contenders, floors, success) for contender in contenders]
+    result = {
+        "what": "latency",
+        "checkpoint": str(loaded.path),
+        "threads": cfg.num_threads,
+        "control_period_ms": 1e3 * loaded.spec.action.control_dt_s,
+        "rounds": cfg.rounds,
+        "ticks_per_round": cfg.ticks,
+        "max_unrolled": cfg.max_unrolled,
+        "machine": machine(),
+        "versions": versions(),
+        "rows": rows,
+        "floors": [floor.row() for floor in floors.values()],
+    }
+    _show(result, console)
+    if cfg.out:
+        _write(Path(cfg.out), result, console)
+    return result
+
+
+def record_windows(loaded: LoadedPolicy, most: int) -> list[Observation]:
+    """Return the windows of observations [1, O, ...] of one episode in simulation, in order."""
+    env = build_env(loaded, 1)
+    actor = ChunkActor(build_planner(FRESH, loaded.policy, 1, loaded.path), 1)
+    window = ObservationWindow(loaded.spec, loaded.policy.timing.n_obs_steps, 1)
+    frame, _ = env.reset(seed=[EVALUATION_SEED])
+    found = []
+    for _ in range(min(most, loaded.spec.max_episode_steps)):
+        window.push(frame)
+        found.append(Observation(modalities={n: v.clone() for n, v in window.observation.modalities.items()}))
+        frame, *_ = env.step(actor(frame, generator=[torch.Generator().manual_seed(0)]))
+    env.close()
+    return found
+
+
+class _Sampled:
+    """A policy that samples by another sampler than its own."""
+
+    def __init__(self, policy: Any, sampler: Any) -> None:
+        self._policy = policy
+        self._sampler = sampler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_policy"], name)
+
+    def act(self, obs: Observation, **settings: Any) -> Tensor:
+        return self._policy.act(obs, sampler=self._sampler, **settings)
+
+
+class _Timed:
+    """A policy that adds up the seconds spent in it."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+        self.seconds = 0.0
+        for name in OUTPUTS:
+            if hasattr(policy, name):
+                setattr(self, name, functools.partial(self._time, getattr(policy, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_policy"], name)
+
+    def take(self) -> float:
+        """Return the seconds since this was last asked."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def _time(self, method: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        begin = time.perf_counter()
+        result = method(*args, **settings)
+        self.seconds += time.perf_counter() - begin
+        return result
+
+
+def make_planner(cfg: DictConfig, loaded: LoadedPolicy, policy: Any, name: str, num_envs: int) -> Planner:
+    """Return the planner called `name`: ddpm_<k>, ddim_<k>, rti_<k>, or rti_adaptive.
+
+    Raises:
+        RobopolicyError: there is no such planner, or the policy cannot be sampled so.
+    """
+    from robopolicy.sampling.samplers import DDIMSampler, DDPMSampler
+
+    kind, _, number = name.partition("_")
+    if kind in ("ddpm", "ddim") and number.isdigit():
+        sampler = (DDPMSampler if kind == "ddpm" else DDIMSampler)(num_inference_steps=int(number))
+        sampled: Any = _Sampled(policy, sampler)
+        return build_planner(FRESH, sampled, num_envs, loaded.path)
+    if kind == "rti" and (number.isdigit() or number == "adaptive"):
+        config = resolve_planner(cfg.planner, loaded.path)
+        if number == "adaptive":
+            config |= {"accept_below": cfg.accept_below, "resample_above": cfg.resample_above}
+        elif int(number) < 2:
+            raise RobopolicyError(f"{name}: a warm start needs at least two levels, its own and 0.")
+        else:
+            top = config["warm_start"]["timesteps"][0]
+            levels = [round(level) for level in np.linspace(top, 0, int(number))]
+            config["warm_start"] = {**config["warm_start"], "timesteps": levels}
+        return build_planner(config, policy, num_envs, loaded.path)
+    raise RobopolicyError(f"Unknown sampler {name!r}; there are ddpm_<k>, ddim_<k>, rti_<k> and rti_adaptive.")
+
+
+def _planned(cfg: DictConfig, loaded: LoadedPolicy, policy: Any, engine: str, sampler: str) -> Contender:
+    timed = _Timed(policy)
+    planner = make_planner(cfg, loaded, timed, sampler, 1)
+    rows, shift = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    noise = [torch.Generator().manual_seed(0)]
+    calls: list[float] = []
+    number = sampler.partition("_")[2]
+
+    def tick(obs: Observation) -> None:
+        planner(obs, rows, shift=shift, generator=noise)
+        if number == "adaptive" and planner.diagnostics["warm"].all():
+            calls.append(float(planner.diagnostics["network_calls"]))
+
+    def average() -> float:
+        return float(np.mean(calls)) if number == "adaptive" else float(number)
+
+    return Contender(
+        engine=engine, sampler=sampler, tick=tick, reset=planner.reset, calls=average, in_policy=timed.take
+    )
+
+
+def _bare_network(policy: Any, engine: str) -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """Return the policy's network alone, in `engine`."""
+    if engine == "eager":
+        return policy.network
+    inputs = _network_inputs(policy)
+    return build_graph(
+        engine,
+        policy.network,
+        inputs,
+        what="the network",
+        names=["x", "level", "cond"],
+        outputs=["output"],
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def _network_inputs(policy: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(1, policy.timing.horizon, policy.spec.action.dim)
+    return x, torch.zeros(1, dtype=torch.int64), torch.randn(1, policy.encoder.out_dim)
+
+
+def _floor(bare: Callable[..., Any], policy: Any, engine: str, count: int) -> Contender:
+    """Return `count` bare network calls as a contender."""
+    inputs = _network_inputs(policy)
+
+    def tick(obs: Observation) -> None:
+        with torch.inference_mode():
+            for _ in range(count):
+                bare(*inputs)
+
+    return Contender(
+        engine=engine, sampler=f"{count} bare calls", tick=tick, reset=lambda: None, calls=lambda: float(count)
+    )
+
+
+def _take_turns(
+    contenders: Sequence[Contender], windows: Sequence[Observation], cfg: DictConfig, console: Console
+) -> None:
+    """Run `cfg.rounds` rounds of `cfg.ticks` ticks each, in an order that changes from round to round."""
+    from rich.progress import track
+
+    order = np.random.default_rng(0)
+    for _ in track(range(cfg.rounds), "rounds", console=console, transient=True, disable=not console.is_terminal):
+        start = int(order.integers(len(windows)))
+        for at in order.permutation(len(contenders)):
+            contender = contenders[at]
+            contender.reset()
+            seconds, policy_seconds = [], []
+            for tick in range(1 + WARMUP_TICKS + cfg.ticks):
+                obs = windows[(start + tick) % len(windows)]
+                begin = time.perf_counter()
+                contender.tick(obs)
+                seconds.append(time.perf_counter() - begin)
+                policy_seconds.append(contender.in_policy())
+            contender.policy_rounds.append(policy_seconds[1 + WARMUP_TICKS :])
+            contender.first.append(seconds[0])
+            contender.rounds.append(seconds[1 + WARMUP_TICKS :])
+
+
+def _compared(
+    contender: Contender,
+    contenders: Sequence[Contender],
+    floors: Mapping[tuple[str, int], Contender],
+    success: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return the contender's row with its ratios."""
+
+    def find(engine: str, sampler: str) -> Contender | None:
+        return next((one for one in contenders if (one.engine, one.sampler) == (engine, sampler)), None)
+
+    eager, full = find("eager", contender.sampler), find(contender.engine, "ddpm_100")
+    floor = floors[contender.engine, max(1, round(contender.calls()))]
+    return {
+        **contender.row(),
+        "over_bare_calls": contender.over(floor),
+        "policy_over_bare_calls": contender.over(floor, policy_only=True),
+        "faster_than_ddpm_100": None if full is None else full.over(contender),
+        "faster_than_eager": None if eager is None else eager.over(contender),
+        "success": success.get(contender.sampler),
+    }
+
+
+def find_success(cfg: DictConfig, loaded: LoadedPolicy, console: Console) -> dict[str, dict[str, Any]]:
+    """Return each sampler's success: from the evaluations given, or from episodes run with the last engine."""
+    found: dict[str, dict[str, Any]] = {}
+    for sampler, folder in cfg.evaluations.items():
+        top = read_evaluation(Path(folder)).info["overall"]
+        found[sampler] = {"n_success": top["n_success"], "n_episodes": top["n_episodes"]}
+    wanted = [sampler for sampler in cfg.samplers if sampler not in found] if cfg.success_episodes else []
+    if wanted:
+        num_envs = min(cfg.success_episodes, 25)
+        env = build_env(loaded, num_envs)
+        policy = build_engine(loaded.policy, cfg.engines[-1], max_unrolled=cfg.max_unrolled)
+        for sampler in wanted:
+            actor = ChunkActor(make_planner(cfg, loaded, policy, sampler, num_envs), num_envs)
+            with console.status(f"{cfg.success_episodes} episodes of {sampler}"):
+                seeds = range(EVALUATION_SEED, EVALUATION_SEED + cfg.success_episodes)
+                result = evaluate(actor, env, seeds=list(seeds))
+            found[sampler] = {"n_success": result.num_success, "n_episodes": cfg.success_episodes}
+        env.close()
+    for one in found.values():
+        one["ci95"] = wilson_interval(one["n_success"], one["n_episodes"])
+    return found
+
+
+def _show(result: Mapping[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    title = f"one tick at batch 1, {result['threads']} thread(s), ms"
+    table = Table(title=title, title_justify="left")
+    numbers = "network calls,median,p95,p99,first tick,in policy,policy / bare,x eager,x DDPM-100,success"
+    for column in ("engine", "sampler", *numbers.split(",")):
+        table.add_column(column, justify="left" if column in ("engine", "sampler") else "right")
+    for row in result["rows"]:
+        ratios = [row[key] for key in ("policy_over_bare_calls", "faster_than_eager", "faster_than_ddpm_100")]
+        success = row["success"]
+        table.add_row(
+            row["engine"],
+            row["sampler"],
+            f"{row['network_calls']:.3g}",
+            *(f"{row[key]:.2f}" for key in ("median_ms", "p95_ms", "p99_ms", "first_tick_ms", "policy_ms")),
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            "" if success is None else f"{success['n_success']}/{success['n_episodes']}",
+        )
+    for floor in result["floors"]:
+        table.add_row(
+            floor["engine"],
+            floor["sampler"],
+            f"{floor['network_calls']:.3g}",
+            *(f"{floor[key]:.2f}" for key in ("median_ms", "p95_ms", "p99_ms")),
+            *[""] * 6,
+            style="dim",
+        )
+    console.print(table)
+
+
+def _write(stem: Path, result: Mapping[str, Any], console: Console) -> None:
+    from robopolicy import atomic
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_file(stem.with_suffix(".json"), (json.dumps(result, indent=2) + "\n").encode())
+    written = [str(stem.with_suffix(".json"))]
+    if any(row["success"] for row in result["rows"]):
+        atomic.write_file(stem.with_suffix(".png"), plot(result))
+        written.append(str(stem.with_suffix(".png")))
+    else:
+        console.print("no plot of success: success_episodes=100, or evaluations, would give it")
+    console.print(f"wrote [bold]{', '.join(written)}[/]")
+
+
+def plot(result: Mapping[str, Any]) -> bytes:
+    """Return a picture (PNG) of success against the median latency, one colour per engine."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    markers = dict(zip(dict.fromkeys(row["sampler"] for row in result["rows"]), "osD^vPX*<>", strict=False))
+    colours = dict(zip(dict.fromkeys(row["engine"] for row in result["rows"]), ("C0", "C1", "C2"), strict=False))
+    for row in result["rows"]:
+        if row["success"] is None:
+            continue
+        n, (low, high) = row["success"]["n_episodes"], row["success"]["ci95"]
+        share = row["success"]["n_success"] / n
+        axes.errorbar(
+            row["median_ms"],
+            100 * share,
+            yerr=[[100 * (share - low)], [100 * (high - share)]],
+            marker=markers[row["sampler"]],
+            color=colours[row["engine"]],
+            linestyle="none",
+            elinewidth=0.7,
+        )
+    for name, marker in markers.items():
+        axes.plot([], [], marker=marker, color="grey", linestyle="none", label=name)
+    for name, colour in colours.items():
+        axes.plot([], [], color=colour, label=name)
+    axes.axvline(result["control_period_ms"], color="grey", linestyle=":", label="control period")
+    axes.set(xscale="log", xlabel=f"one tick at batch 1, median ms, {result['threads']} thread(s)", ylabel="success, %")
+    axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150)
+    return out.getvalue()
