@@ -187,7 +187,10 @@ def _say_pairs(
             _verdict(pair, letters),
         )
     console.print("\n", table)
-    console.print("[dim]difference in points, Newcombe's interval (of the rates: Wilson's); p: exact McNemar test[/]\n")
+    console.print(
+        "[dim]difference in points, Newcombe's interval (of the rates: Wilson's); p: exact McNemar test[/]\n",
+        soft_wrap=True,
+    )
     for pair in pairs:
         changed = what_differs(evaluations[pair.a], evaluations[pair.b])
         console.print(escape("\n".join(_sentences(pair, letters, changed, cfg))), soft_wrap=True)

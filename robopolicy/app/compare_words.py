@@ -87,13 +87,14 @@ def _choose(sources: Sequence[Source], cfg: DictConfig, console: Console) -> dic
             found[source.word] = match
             console.print(f"[dim]{escape(source.word)}: {escape(str(match.folder))}")
     if missing and not cfg.evaluate:
-        lines = "\n".join(f"  {shlex.join(['robopolicy', 'eval', *_overrides(s, wanted, cfg)])}" for s in missing)
+        calls = [shlex.join(["robopolicy", "eval", *_overrides(source, wanted, cfg)]) for source in missing]
+        lines = "\n".join(f"  {call}" for call in dict.fromkeys(calls))
         of = "these episodes" if wanted else "any episodes"
+        words = ", ".join(dict.fromkeys(source.word for source in missing))
         raise RobopolicyError(
-            f"{', '.join(source.word for source in missing)}: not evaluated on {of} yet. With evaluate=true this is "
-            f"done first, or:\n{lines}"
+            f"{words}: not evaluated on {of} yet. With evaluate=true this is done first, or:\n{lines}"
         )
-    for source in missing:
+    for source in {source.word: source for source in missing}.values():
         found[source.word] = _evaluate(_overrides(source, wanted, cfg), console)
         wanted = wanted or found[source.word]
     require_comparable({source.word: found[source.word] for source in sources})
