@@ -28,6 +28,7 @@ CLAMPS = ("position", "velocity", "acceleration", "jerk", "tool speed", "workspa
 """What can be clamped; bit `i` of a clamp mask is the i-th."""
 REJECTIONS = ("not finite", "wrong length", "jump", "following error", "first command")
 POSITION, VELOCITY, ACCELERATION, JERK, TOOL_SPEED, WORKSPACE = (1 << i for i in range(6))
+BRAKING_POINTS = 4
 LEAST_SPEED = 0.1
 """Share of the velocity limits at the start of the ramp after arming."""
 
@@ -271,12 +272,19 @@ def _approach(
 def _within_rates(
     k: int, v: float, dt_s: float, acceleration: Floats, jerk: Floats, last_v: Floats, last_a: Floats, clamped: int
 ) -> tuple[float, int]:
-    """Return `v` brought within acceleration and jerk of what was sent before, and the clamps."""
-    a = (v - last_v[k]) / dt_s
+    """Return `v` brought within acceleration and jerk of what was sent before, and the clamps.
+
+    Acceleration grows only so far that it can be taken back, at the jerk allowed, by the time `v` is reached.
+    """
+    change = jerk[k] * dt_s
+    lacking = v - last_v[k]
+    a = jerk[k] * (math.sqrt(dt_s * dt_s + 2.0 * abs(lacking) / jerk[k]) - dt_s)
+    a = min(a, abs(lacking) / dt_s)
+    if lacking < 0.0:
+        a = -a
     if abs(a) > acceleration[k]:
         a = acceleration[k] if a > 0.0 else -acceleration[k]
         clamped |= ACCELERATION
-    change = jerk[k] * dt_s
     if a > last_a[k] + change or a < last_a[k] - change:
         a = min(max(a, last_a[k] - change), last_a[k] + change)
         clamped |= JERK
@@ -298,6 +306,48 @@ def _place(base: Floats, origins: Floats, rolls: Floats, tool_yaw: float, positi
     kinematics.forward(origins, rolls, tool_yaw, position, pose)
     p = kinematics.rotate((base[3], base[4], base[5], base[6]), (pose[0], pose[1], pose[2]))
     pose[0], pose[1], pose[2] = base[0] + p[0], base[1] + p[1], base[2] + p[2]
+
+
+@numba.njit(cache=True, nogil=True)
+def _leaves_box(
+    dt_s: float,
+    acceleration: Floats,
+    jerk: Floats,
+    box: Floats,
+    base: Floats,
+    origins: Floats,
+    rolls: Floats,
+    tool_yaw: float,
+    last: Floats,
+    last_v: Floats,
+    velocity: Floats,
+    at: Floats,
+    peak: Floats,
+    pose: Floats,
+) -> bool:
+    """Say whether the tool centre would leave the box if the arm took this turn at `velocity` and then braked to rest.
+
+    Looked at are BRAKING_POINTS moments of the braking; `pose[0]` holds where the tool centre is.
+    """
+    already, longest = _outside(pose[0], box), 0.0
+    for k in range(last.shape[0]):
+        # while an acceleration along the motion is taken back, at the jerk allowed, the velocity still grows
+        gaining = max(0.0, (velocity[k] - last_v[k]) / dt_s * (1.0 if velocity[k] > 0.0 else -1.0))
+        peak[k] = abs(velocity[k]) + 0.5 * gaining * gaining / jerk[k]
+        longest = max(longest, peak[k] / acceleration[k] + 2.0 * acceleration[k] / jerk[k])
+    for point in range(1, BRAKING_POINTS + 1):
+        passed = longest * point / BRAKING_POINTS
+        for k in range(last.shape[0]):
+            v, a = peak[k], acceleration[k]
+            delay = 2.0 * a / jerk[k]
+            moving = max(0.0, min(passed - delay, v / a))
+            way = v * min(passed, delay) + v * moving - 0.5 * a * moving * moving
+            at[k] = last[k] + velocity[k] * dt_s + (way if velocity[k] > 0.0 else -way)
+        _place(base, origins, rolls, tool_yaw, at, pose[1])
+        out = _outside(pose[1], box)
+        if out > 0.0 and out > already - 1e-5:
+            return True
+    return False
 
 
 @numba.njit(cache=True, nogil=True)
@@ -349,17 +399,12 @@ def _limit(
     rates = 0
     for k in range(count):
         ahead[k], rates = _within_rates(k, target[k], dt_s, acceleration, jerk, last_v, last_a, rates)
-    if not braking:
-        # where the arm would come to rest if it braked from there on: that must be in the box
+    if not braking and _leaves_box(
+        dt_s, acceleration, jerk, box, base, origins, rolls, tool_yaw, last, last_v, ahead, rest, target, pose
+    ):
+        clamped |= WORKSPACE
         for k in range(count):
-            brake = 0.5 * ahead[k] * abs(ahead[k]) / acceleration[k] + ahead[k] * (2.0 * acceleration[k] / jerk[k])
-            rest[k] = last[k] + ahead[k] * dt_s + brake
-        _place(base, origins, rolls, tool_yaw, rest, pose[1])
-        out = _outside(pose[1], box)
-        if out > 0.0 and out > _outside(pose[0], box) - 1e-5:
-            clamped |= WORKSPACE
-            for k in range(count):
-                ahead[k], _ = _within_rates(k, 0.0, dt_s, acceleration, jerk, last_v, last_a, 0)
+            ahead[k], _ = _within_rates(k, 0.0, dt_s, acceleration, jerk, last_v, last_a, 0)
     for k in range(count):
         last_a[k] = (ahead[k] - last_v[k]) / dt_s
         last_v[k] = ahead[k]
