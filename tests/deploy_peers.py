@@ -75,14 +75,23 @@ class StillArm:
 
 
 @contextlib.contextmanager
-def arm_behind_a_bridge(*, command: dict[str, Any] | None = None, settings: Any = None, **server: Any) -> Iterator[Any]:
-    """Run a `SimRobot` with a `StillArm`; yields it. `server`: settings of its RosbridgeServer."""
+def arm_behind_a_bridge(
+    *, command: dict[str, Any] | None = None, state_age_s: float = 1.0, settings: Any = None, **server: Any
+) -> Iterator[Any]:
+    """Run a `SimRobot` with a `StillArm`; yields it.
+
+    Args:
+        state_age_s: of the robot file's watchdogs; long enough here for a test machine that has much else to do.
+        server: settings of its RosbridgeServer.
+    """
     from robopolicy.deploy.robot import RobotFile
     from robopolicy.deploy.sim_robot import SimRobot
     from robopolicy.deploy.sim_server import RosbridgeServer
 
     bridge = RosbridgeServer(**server)
-    robot = SimRobot(StillArm(), RobotFile.from_dict(robot_data(**(command or {}))), bridge, settings)
+    data = robot_data(**(command or {}))
+    data["watchdogs"] = {**data["watchdogs"], "state_age_s": state_age_s}
+    robot = SimRobot(StillArm(), RobotFile.from_dict(data), bridge, settings)
     bridge.start()
     robot.start()
     try:
@@ -139,6 +148,12 @@ class TimeTeller:
     def __exit__(self, *args: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def moving(client: Any, robot: Any, commands: int = 10) -> None:
+    """Arm `client`, and again should a busy machine disarm it, until its commands arrive."""
+    wanted = len(robot.arm.accepted) + commands
+    until(lambda: len(robot.arm.accepted) > wanted or (not client.armed and client.rearm()), within_s=10)
 
 
 def until(true: Callable[[], Any], *, within_s: float = 3.0) -> float:

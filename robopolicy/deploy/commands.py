@@ -26,6 +26,8 @@ from .robot import Gripper, RobotFile
 Clock = Callable[[], float]
 
 SHORTEST_BRAKE_S, LONGEST_BRAKE_S = 0.05, 0.5
+COMMAND_LASTS_S = 0.5
+"""An arm that was commanded so recently still moves as commanded, or slower."""
 TRAJECTORY_GOAL = "control_msgs/FollowJointTrajectory"
 GRIPPER_GOAL = "control_msgs/GripperCommand"
 
@@ -70,7 +72,9 @@ class JointTrajectory:
         self._period_s = 1.0 / robot.command.rate_hz
         limits = robot.limits
         self._low, self._high = np.array(limits.position_low), np.array(limits.position_high)
+        self._fastest = np.array(limits.velocity)
         self._braking = np.array(limits.acceleration) * robot.safety.acceleration_scale
+        self._last: tuple[float, Floats] | None = None
 
     def topics(self, dialect: Dialect) -> Mapping[str, str]:
         return {self._topic: messages.JOINT_TRAJECTORY}
@@ -82,6 +86,7 @@ class JointTrajectory:
         return (Publish(topic=self._topic, message=self._resting(position, velocity, dialect)),)
 
     def _moving(self, position: Floats, velocity: Floats, dialect: Dialect) -> dict[str, Any]:
+        self._last = (time.monotonic(), velocity.copy())
         brake_s = self._brake_s(velocity)
         rest = np.clip(position + 0.5 * brake_s * velocity, self._low, self._high)
         return self._trajectory([(self._period_s, position, velocity), (self._period_s + brake_s, rest, None)], dialect)
@@ -91,9 +96,18 @@ class JointTrajectory:
             return self._trajectory([], dialect)
         if velocity is None:
             return self._trajectory([(SHORTEST_BRAKE_S, position, None)], dialect)
+        velocity = self._believed(velocity)
         brake_s = self._brake_s(velocity)
         rest = np.clip(position + 0.5 * brake_s * velocity, self._low, self._high)
         return self._trajectory([(brake_s, rest, None)], dialect)
+
+    def _believed(self, measured: Floats) -> Floats:
+        """Return the lesser of the measured and the commanded velocity: a wrong one must not send a stop far away."""
+        bounded = np.clip(measured, -self._fastest, self._fastest)
+        if self._last is None or time.monotonic() - self._last[0] > COMMAND_LASTS_S:
+            return bounded
+        commanded = self._last[1]
+        return np.where(bounded * commanded > 0, np.sign(bounded) * np.minimum(abs(bounded), abs(commanded)), 0.0)
 
     def _brake_s(self, velocity: Floats) -> float:
         return float(np.clip((np.abs(velocity) / self._braking).max(), SHORTEST_BRAKE_S, LONGEST_BRAKE_S))

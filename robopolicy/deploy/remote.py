@@ -199,11 +199,11 @@ class RemoteRobot:
         now_s = time.monotonic()
         if self._armed and self.data_age_s() > self.robot.watchdogs.state_age_s:
             self._armed = False
-            self._sockets["command"].reset()
+            self._sockets["command"].reset("the joint states are old")
         state, quiet_s = self._sockets["state"], now_s - self._quiet_since_s
         if state.connected and quiet_s > RECONNECT_S:
             self._quiet_since_s = now_s
-            state.reset()
+            state.reset("no joint states come")
         elif state.connected and quiet_s > RESUBSCRIBE_S and quiet_s % RESUBSCRIBE_S < WATCH_S:
             for topic in self.robot.joint_states.topics:
                 state.resubscribe(topic)
@@ -366,7 +366,7 @@ class RemoteRobot:
 
     def _drop_old_stop(self) -> None:
         if not self._closed and self.data_age_s() > self.robot.watchdogs.state_age_s:
-            self._sockets["stop"].reset()
+            self._sockets["stop"].reset("the joint states are old")
 
     # ---- rosapi ------------------------------------------------------------------------------------------------------
     def _ask_topics(self) -> None:

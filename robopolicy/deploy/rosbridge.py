@@ -155,7 +155,7 @@ class Socket:
         self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._goals: dict[str, OnMessage] = {}
         self._ids = itertools.count()
-        self._closing = False
+        self._closing, self._why_reset = False, ""
         self._work = asyncio.Event()
         self._tls = endpoint.tls()
         thread.soon(self._start)
@@ -263,10 +263,10 @@ class Socket:
         ws = self._ws
         return ws.latency or None if ws is not None else None
 
-    def reset(self) -> None:
+    def reset(self, why: str) -> None:
         """Drop the connection at once (TCP reset), so that what the server has not read is never acted upon."""
         self.discard()
-        self._thread.soon(self._abort)
+        self._thread.soon(self._abort, why)
 
     def flush(self, *, timeout_s: float) -> bool:
         """Wait until all that waits has been handed to the system; say whether it was."""
@@ -295,7 +295,7 @@ class Socket:
         if not self._thread.here:
             with contextlib.suppress(TimeoutError):
                 self._thread.run(end(), timeout_s=0.5)
-        self._thread.soon(self._abort)
+        self._thread.soon(self._abort, "closed")
 
     def _new_id(self, what: str) -> str:
         return f"{self.name}:{what}:{next(self._ids)}"
@@ -308,9 +308,10 @@ class Socket:
     def _start(self) -> None:
         self._task = self._thread.loop.create_task(self._live())
 
-    def _abort(self) -> None:
+    def _abort(self, why: str) -> None:
         if self._ws is None:
             return
+        self._why_reset = why
         self.counts.resets += 1
         plug = self._ws.transport.get_extra_info("socket")
         if plug is not None:
@@ -341,7 +342,8 @@ class Socket:
                     await self._serve(ws)
                     self.problem = f"the bridge at {point} closed the connection"
             except (OSError, TimeoutError, WebSocketException, ValueError) as error:
-                self.problem = explain(error, point)
+                self.problem = self._why_reset or explain(error, point)
+                self._why_reset = ""
             if not self._closing:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, MOST_BACKOFF_S)
@@ -403,8 +405,7 @@ class Socket:
                 answer = await asyncio.wait_for(self._asked(key, frame), PROBE_TIMEOUT_S)
             except TimeoutError:
                 if not self._calls and not self._goals:
-                    self.problem = "the bridge does not answer on this connection"
-                    self._abort()
+                    self._abort("the bridge did not answer on this connection")
                 continue
             values = answer.get("values") if answer.get("result") else None
             self._on_probe(values, sent_s, time.monotonic())
