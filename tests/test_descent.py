@@ -142,7 +142,7 @@ def test_harmonic_steps_keep_the_start_as_straight_paths_do():
     """With landings at clean, after k of n steps the start has the weight 1 - k/n; the last step arrives."""
     clean = torch.full((1, 2, 2), 0.7)
     start, seen = torch.randn(1, 2, 2, generator=seeded(0)), []
-    Descent(max_steps=5)(bowl(clean), start, FIXED, 1.0, record=seen.append)
+    Descent(max_steps=5, schedule="harmonic")(bowl(clean), start, FIXED, 1.0, record=seen.append)
     for k, x in enumerate(seen):
         torch.testing.assert_close(x, (1 - k / 5) * start + k / 5 * clean)
     assert len(seen) == 6
@@ -186,7 +186,7 @@ def test_rows_stop_on_their_own_and_match_running_them_alone(stop):
 def test_a_row_that_stops_early_on_harmonic_steps_ends_at_its_landing():
     clean = torch.full((2, 2, 2), 0.7)
     start = torch.randn(2, 2, 2, generator=seeded(0))
-    sampler = Descent(max_steps=10, stop="step_length", tolerance=1e-3)
+    sampler = Descent(max_steps=10, schedule="harmonic", stop="step_length", tolerance=1e-3)
     end, seen = sampler(bowl(clean), start, FIXED, 1.0)
     torch.testing.assert_close(end, clean)
     assert seen.num_steps.tolist() == [2, 2]  # the second landing equals the first

@@ -138,7 +138,7 @@ OBJECTIVES = {
         "objective": Objective(kind="mse_last_step", min_steps=2, max_steps=2, graph="full_bptt"),
         "sampler": Descent(max_steps=2, schedule="full"),
     },
-    "denoise": {"objective": Objective(), "sampler": Descent(max_steps=20)},
+    "denoise": {"objective": Objective(), "sampler": Descent(max_steps=20, schedule="harmonic")},
     "score": {
         "objective": Objective(kind="score", sigma_min=0.1),
         "rule": StepRule(step_size="fixed", alpha=0.02),
@@ -409,6 +409,8 @@ def test_of_several_candidates_the_lowest_energy_acts():
         (lambda: Objective(alpha_jitter=0.5), "alpha_jitter must be at least 1"),
         (lambda: Objective(sigma_min=0.0), "0 < sigma_min"),
         (lambda: Objective(pure_share=1.5), r"pure_share must be in \[0, 1\]"),
+        (lambda: Objective(corruption="replace"), "Unknown corruption"),
+        (lambda: Objective(sigma_max=2.0), "interpolate is pure noise at sigma 1"),
         (lambda: Objective(num_negatives=1), "num_negatives must be at least 2"),
         (lambda: policy_of(num_candidates=0), "num_candidates must be at least 1"),
         (lambda: policy_of(num_candidates=4, objective=Objective(kind="mse_all_steps")), "picks by energy"),

@@ -10,7 +10,7 @@ EBT-Policy (arXiv:2510.27545) after Energy-Based Transformers (arXiv:2507.02092)
 The published objective starts from noise that has nothing to do with the target, so the best it can do is the mean of
 all actions seen with an observation: two ways round an obstacle become one through it. `denoise`, our default, starts
 from the noised target instead, at noise levels from almost none to pure noise, and asks one step to undo it: the energy
-keeps a valley per mode. The energy is told no noise level; it has to see it.
+keeps a valley per mode. The energy is told no noise level; it has to see it in the chunk.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from robopolicy.types import Batch, Observation, TaskSpec, check_shape
 ObjectiveKind = Literal["mse_all_steps", "mse_last_step", "denoise", "score", "infonce"]
 Graph = Literal["per_step_detach", "momentum_path", "truncated_last", "full_bptt"]
 TrainNoise = Literal["none", "cosine"]
+Corruption = Literal["interpolate", "add"]
 
 UNROLLED = ("mse_all_steps", "mse_last_step", "denoise")
 """Objectives that take energy steps; the others have no step size to learn."""
@@ -46,15 +47,17 @@ class Objective:
 
     Args:
         kind: `mse_all_steps` and `mse_last_step`: from pure noise, the squared error of every step or of the last.
-            `denoise`: the same, of every step, from the target plus sigma N(0, I). `score`: denoising score matching,
-            sigma^2 |grad E - eps / sigma|^2. `infonce`: the target among noise and own iterates.
+            `denoise`: the same, of every step, from the noised target. `score`: denoising score matching on the target
+            plus noise, |sigma grad E - eps|^2. `infonce`: the target among noise and own iterates.
         min_steps, max_steps: energy steps of a training pass, drawn uniformly; infonce's iterates take `max_steps`.
         graph: what a step's derivative reaches. `per_step_detach`: that step; `momentum_path`: earlier ones through the
             momentum; `truncated_last`: the last step alone is derived; `full_bptt`: everything.
         train_noise: `cosine` adds noise from 0.2 down to about 0.01 to the iterate before each step, as published.
         alpha_jitter: step sizes are multiplied by U[1 / jitter, jitter] per row; EBT-Policy has 1.5.
+        corruption: of `denoise`: `interpolate` to (1 - sigma) target + sigma noise, so that sigma 1 is pure noise; `add` it
+            to the target.
         sigma_min, sigma_max: noise of `denoise` and `score`, log-uniform between the two.
-        pure_share: share of rows of `denoise` that start from pure noise.
+        pure_share: share of rows of `denoise` that start from pure noise besides.
         num_negatives: candidates of `infonce` beside the target, half of them own iterates.
     """
 
@@ -64,9 +67,10 @@ class Objective:
     graph: Graph = "per_step_detach"
     train_noise: TrainNoise = "none"
     alpha_jitter: float = 1.0
+    corruption: Corruption = "interpolate"
     sigma_min: float = 0.02
     sigma_max: float = 1.0
-    pure_share: float = 0.1
+    pure_share: float = 0.0
     num_negatives: int = 16
 
     def __post_init__(self) -> None:
@@ -74,6 +78,7 @@ class Objective:
             ("objective", self.kind, ObjectiveKind),
             ("graph mode", self.graph, Graph),
             ("train noise", self.train_noise, TrainNoise),
+            ("corruption", self.corruption, Corruption),
         ):
             known = get_args(kind)
             if name not in known:
@@ -86,6 +91,8 @@ class Objective:
             raise ValueError(f"alpha_jitter must be at least 1 (none); got {self.alpha_jitter}.")
         if not 0 < self.sigma_min <= self.sigma_max:
             raise ValueError(f"0 < sigma_min <= sigma_max; got {self.sigma_min} and {self.sigma_max}.")
+        if self.kind == "denoise" and self.corruption == "interpolate" and self.sigma_max > 1:
+            raise ValueError(f"interpolate is pure noise at sigma 1; got sigma_max={self.sigma_max}.")
         if not 0 <= self.pure_share <= 1:
             raise ValueError(f"pure_share must be in [0, 1]; got {self.pure_share}.")
         if self.num_negatives < 2:
@@ -242,13 +249,14 @@ class EnergyPolicy(Policy):
         return x.detach(), move if keep_move else move.detach()  # type: ignore[union-attr]
 
     def _corrupted(self, clean: Tensor, generator: Rng) -> Tensor:
-        """Return the target plus noise of a log-uniform level; `pure_share` of the rows are noise alone."""
+        """Return the target with noise of a log-uniform level; `pure_share` of the rows are noise alone."""
         size, objective = len(clean), self.objective
         draw = _uniform(size, 2, 1, generator=generator, device=clean.device)
         sigma = objective.sigma_min * (objective.sigma_max / objective.sigma_min) ** draw[:, :1]
         pure = draw[:, 1:] < objective.pure_share
         noise = _noise_like(clean, generator)
-        return torch.where(pure, noise, torch.addcmul(clean, sigma, noise))
+        kept = clean * (1 - sigma) if objective.corruption == "interpolate" else clean
+        return torch.where(pure, noise, torch.addcmul(kept, sigma, noise))
 
     def _score_loss(self, clean: Tensor, context: Tensor, weight: Tensor | None, generator: Rng) -> Tensor:
         objective = self.objective

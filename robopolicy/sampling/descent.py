@@ -14,10 +14,9 @@ One step, rows independent of each other (but for `rms_batch`, kept to reproduce
     x    <- x + share_k * move               share_k: `schedule`
 
 `full` takes whole steps. `harmonic` takes 1/n, 1/(n-1), ..., 1 of them: where a whole step lands on the expected clean
-chunk, as the denoising objective teaches, this is Euler's method along the straight paths of flow matching, so that a
-start keeps its mode in few steps; the last step is whole. `flow` is for energies that are minus a log density (score
-matching): x goes from `sigma_max` N(0, I) down the levels sigma_k by (sigma_k - sigma_{k+1}) sigma_k, the probability
-flow's Euler step.
+chunk, as the denoising objective teaches, this is Euler's method along the straight paths of flow matching. `flow` is
+for energies that are minus a log density (score matching): x goes from `sigma_max` N(0, I) down the levels sigma_k by
+(sigma_k - sigma_{k+1}) sigma_k, the probability flow's Euler step.
 
 Rows stop on their own and cost nothing afterwards. A row that meets `stop` takes its whole step, so it ends where that
 points to.
@@ -173,7 +172,7 @@ class Descent:
     """
 
     max_steps: int = 4
-    schedule: Schedule = "harmonic"
+    schedule: Schedule = "full"
     stop: Stop = "fixed"
     tolerance: float = 0.02
     warm_steps: int = 2

@@ -1,0 +1,408 @@
+"""Energy-based policies against their controls: equal CPU time to train, the same episodes, several step counts.
+
+    python scripts/study_ebt.py --tasks two_goal pick_cube --arms ebt mse_bc     # one process, one thread
+    python scripts/study_ebt.py --uncertainty stack_cube                         # who predicts failure?
+    python scripts/study_ebt.py --table                                          # the rows as Markdown
+
+Every arm trains on the first 100 demonstrations for the same CPU time at the settings of configs/train.yaml.
+`ebt_paper` is the published objective and descent on the default's network, since its own makes a handful of updates in
+this time. The averaged weights of the last step act on fresh seeds, once per sampler. Rows go to docs/ebt.json; finished
+ones are not run again. Demonstrations: `robopolicy collect task=<task> num_demos=100` beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from hydra import compose, initialize_config_module
+
+from robopolicy import envs
+from robopolicy.app.build import build_policy
+from robopolicy.atomic import write_file
+from robopolicy.data import batches, load_demonstrations
+from robopolicy.evaluation.rollout import evaluate
+from robopolicy.evaluation.statistics import wilson_interval
+from robopolicy.evaluation.uncertainty import failure_prediction
+from robopolicy.policies.actors import ChunkActor
+from robopolicy.policies.base import Policy
+from robopolicy.policies.planners import FreshPlanner
+from robopolicy.rng import Rng
+from robopolicy.training.ema import EMA
+from robopolicy.training.loop import train
+from robopolicy.training.optim import make_optimizer, make_scheduler
+from robopolicy.types import Observation
+
+ROWS = Path(__file__).parents[1] / "docs" / "ebt.json"
+WEIGHTS = Path("checkpoints") / "study_ebt"
+TASKS = ("two_goal", "pick_cube", "stack_cube", "push_cube")
+FIRST_SEED = 10_000
+NUM_ENVS = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A policy as it is trained, and the samplers it is then evaluated with."""
+
+    policy: str
+    overrides: tuple[str, ...] = ()
+    samplers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"-": {}})
+    """Name to changes of `policy.sampler`."""
+    calls_per_step: float = 1.0
+    """Forward-equivalents of one sampler step: an energy step is a forward and an input gradient, counted as 3."""
+
+
+STEPS = {f"{n} steps": {"max_steps": n} for n in (1, 2, 4, 8, 20)}
+ARMS = {
+    "ebt": Arm(
+        policy="ebt",
+        samplers={**STEPS, "stops by itself": {"max_steps": 8, "stop": "step_length", "tolerance": 0.03}},
+        calls_per_step=3.0,
+    ),
+    "ebt_paper": Arm(
+        policy="ebt",
+        overrides=(
+            "policy.network.readout=mean",
+            "policy.objective.kind=mse_all_steps",
+            "policy.objective.min_steps=6",
+            "policy.objective.max_steps=10",
+            "policy.objective.graph=momentum_path",
+            "policy.objective.train_noise=cosine",
+            "policy.objective.alpha_jitter=1.5",
+            "policy.rule.step_size=exp_energy",
+            "policy.rule.alpha=1000",
+            "policy.rule.momentum=0.9",
+            "policy.rule.normalise=rms_row",
+        ),
+        samplers={f"{n} steps": {"max_steps": n} for n in (2, 20)},
+        calls_per_step=3.0,
+    ),
+    "diffusion": Arm(
+        policy="diffusion",
+        samplers={
+            "DDPM-100": {"kind": "ddpm", "num_inference_steps": 100},
+            "DDIM-10": {"num_inference_steps": 10},
+            "DDIM-4": {"num_inference_steps": 4},
+        },
+    ),
+    "flow": Arm(policy="flow", samplers={"-": {}}),
+    "mse_bc": Arm(policy="mse_bc"),
+}
+
+
+class Disagreeing(FreshPlanner):
+    """Adds the spread of further samples to what the policy says of its plans."""
+
+    def __init__(self, policy: Policy, num_samples: int = 4) -> None:
+        super().__init__(policy)
+        self._acting, self._count = policy, num_samples
+        self._spread: torch.Tensor | None = None
+
+    @property
+    def diagnostics(self) -> Mapping[str, torch.Tensor]:
+        said = dict(super().diagnostics)
+        if self._spread is not None:
+            said["disagreement"] = self._spread
+        return said
+
+    def __call__(
+        self, obs: Observation, rows: torch.Tensor, *, shift: torch.Tensor, generator: Rng = None
+    ) -> torch.Tensor:
+        others = torch.stack([self._acting.act(obs) for _ in range(self._count)])
+        self._spread = others.std(dim=0).mean(dim=(1, 2))
+        return super().__call__(obs, rows, shift=shift, generator=generator)
+
+
+def fit(task: str, arm: Arm, cpu_s: float, seed: int) -> tuple[Policy, dict[str, Any]]:
+    """Train an arm for about `cpu_s` CPU seconds; return its averaged policy and what training took."""
+    with initialize_config_module("robopolicy.configs", version_base="1.3"):
+        cfg = compose("train", [f"task={task}", f"policy={arm.policy}", *arm.overrides])
+    store = load_demonstrations(Path("demos") / task / "pd_ee_delta_pos.state.h5", num_episodes=100)
+    torch.manual_seed(seed)
+    policy = build_policy(cfg.policy, store.spec)
+    policy.norm.fit(store.limits())
+    settings, accelerator = cfg.train, Accelerator(cpu=True)
+
+    def run(target: Policy, num_steps: int) -> tuple[EMA, float, list[float]]:
+        ema = EMA(target, power=settings.ema_power, max_decay=settings.ema_max_decay)
+        optimizer = make_optimizer(
+            target, lr=settings.lr, betas=tuple(settings.betas), weight_decay=settings.weight_decay
+        )
+        losses: list[float] = []
+        begin = time.process_time()
+        train(
+            target,
+            batches(store, target.timing, batch_size=settings.batch_size, seed=seed),
+            accelerator=accelerator,
+            optimizer=optimizer,
+            scheduler=make_scheduler(optimizer, num_steps=num_steps, warmup_steps=settings.warmup_steps),
+            ema=ema,
+            num_steps=num_steps,
+            seed=seed,
+            grad_clip=settings.grad_clip,
+            log=lambda step, metrics: losses.append(metrics["train/loss"]),
+            save=lambda step, window: None,
+        )
+        return ema, time.process_time() - begin, losses
+
+    run(copy.deepcopy(policy), 3)
+    trial = max(5, min(40, int(cpu_s / 20 / max(run(copy.deepcopy(policy), 2)[1] / 2, 1e-3))))
+    per_step = run(copy.deepcopy(policy), trial)[1] / trial
+    num_steps = max(10, int(cpu_s / per_step))
+    ema, spent, losses = run(policy, num_steps)
+    trained: Any = ema.policy
+    return trained, {
+        "num_steps": num_steps,
+        "train_cpu_s": round(spent, 1),
+        "step_ms": round(1e3 * spent / num_steps, 2),
+        "train_loss": losses[-1],
+        "parameters": sum(p.numel() for p in policy.parameters()),
+        "num_skipped": int(getattr(policy, "num_skipped", 0)),
+    }
+
+
+def trained(task: str, name: str, cpu_s: float, seed: int) -> tuple[Policy, dict[str, Any]]:
+    """Return an arm's averaged policy, from the last run with the same settings if there was one."""
+    folder = WEIGHTS / f"{task}-{name}-{cpu_s:g}s-{seed}"
+    arm = ARMS[name]
+    if (folder / "facts.json").is_file():
+        with initialize_config_module("robopolicy.configs", version_base="1.3"):
+            cfg = compose("train", [f"task={task}", f"policy={arm.policy}", *arm.overrides])
+        store = load_demonstrations(Path("demos") / task / "pd_ee_delta_pos.state.h5", num_episodes=1)
+        policy = build_policy(cfg.policy, store.spec)
+        policy.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+        return policy.eval(), json.loads((folder / "facts.json").read_text())
+    policy, facts = fit(task, arm, cpu_s, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(policy.state_dict(), folder / "weights.pt")
+    write_file(folder / "facts.json", json.dumps(facts).encode())
+    return policy, facts
+
+
+def with_sampler(policy: Any, changes: Mapping[str, Any]) -> None:
+    """Change the policy's sampler in place."""
+    import dataclasses
+
+    from robopolicy.sampling.samplers import DDPMSampler
+
+    changes = dict(changes)
+    if changes.pop("kind", None) == "ddpm":
+        policy.sampler = DDPMSampler(**changes)
+    elif changes:
+        policy.sampler = dataclasses.replace(policy.sampler, **changes)
+
+
+def steps_of(policy: Any) -> int:
+    """Return how many sampler steps a chunk takes at most."""
+    sampler = getattr(policy, "sampler", None)
+    return int(getattr(sampler, "max_steps", getattr(sampler, "num_inference_steps", 1)))
+
+
+def interleaved_ms(calls: Mapping[str, Callable[[], object]], rounds: int = 30) -> dict[str, float]:
+    """Return the median milliseconds of each call, all taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 3):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if turn >= 3:
+                times[name].append(time.perf_counter() - begin)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def measure(task: str, policy: Policy, n_episodes: int, planner: FreshPlanner | None = None) -> dict[str, Any]:
+    """Evaluate `policy` on the study's seeds; return its outcomes."""
+    env = envs.make(task, num_envs=NUM_ENVS, backend="cpu", max_episode_steps=policy.spec.max_episode_steps)
+    goals: list[torch.Tensor] = []
+    step = env.step
+
+    def noted(action: torch.Tensor) -> Any:
+        result = step(action)
+        if "goal_index" in result[4]:
+            goals.append(result[4]["goal_index"].clone())
+        return result
+
+    env.step = noted  # type: ignore[method-assign]
+    result = evaluate(
+        ChunkActor(planner or FreshPlanner(policy), NUM_ENVS), env, seeds=range(FIRST_SEED, FIRST_SEED + n_episodes)
+    )
+    env.close()
+    row: dict[str, Any] = {
+        "n_episodes": n_episodes,
+        "success_once": result.success_once,
+        "ci95": [round(side, 4) for side in result.interval],
+        "success_at_end": result.success_at_end,
+        "failed_seeds": [e.seed for e in result.episodes if not e.success_once],
+    }
+    if goals:
+        at_end = torch.stack(goals).reshape(-1, policy.spec.max_episode_steps, NUM_ENVS)[:, -1].flatten()[:n_episodes]
+        row["goals"] = [int((at_end == goal).sum()) for goal in (0, 1)]
+    said = [episode.diagnostics for episode in result.episodes]
+    if said and "num_steps" in said[0]:
+        row["mean_steps"] = round(statistics.fmean(float(one["num_steps"] or 0) for one in said), 3)
+    row["episodes"] = [{"success": e.success_once, "diagnostics": dict(e.diagnostics)} for e in result.episodes]
+    return row
+
+
+def study(task: str, name: str, *, cpu_s: float, seed: int, n_episodes: int) -> None:
+    """Train and evaluate one arm on one task; append its rows."""
+    arm = ARMS[name]
+    key = {"task": task, "arm": name, "cpu_s": cpu_s, "seed": seed}
+    todo = [label for label in arm.samplers if not _finished({**key, "sampler": label})]
+    if not todo:
+        return
+    policy, facts = trained(task, name, cpu_s, seed)
+    for label in todo:
+        acting: Any = copy.deepcopy(policy)
+        with_sampler(acting, arm.samplers[label])
+        row = measure(task, acting, n_episodes)
+        steps = row.get("mean_steps", steps_of(acting))
+        row["forward_equivalents"] = round(arm.calls_per_step * steps, 2)
+        row["failure_prediction"] = failure_prediction(row.pop("episodes"))
+        _append({**key, "sampler": label, **row, **facts})
+
+
+def timing(task: str, names: Sequence[str], cpu_s: float, seed: int) -> None:
+    """Measure one `act` at batch 1 of every arm and sampler, interleaved; add the milliseconds to their rows."""
+    calls: dict[str, Callable[[], object]] = {}
+    for name in names:
+        policy, _ = trained(task, name, cpu_s, seed)
+        for label, changes in ARMS[name].samplers.items():
+            acting: Any = copy.deepcopy(policy)
+            with_sampler(acting, changes)
+            obs = Observation(
+                modalities={
+                    key: torch.zeros(1, acting.timing.n_obs_steps, *m.shape)
+                    for key, m in acting.spec.observation.items()
+                }
+            )
+            calls[f"{name} {label}"] = lambda acting=acting, obs=obs: acting.act(obs)
+    found = interleaved_ms(calls)
+    rows = _read()
+    rows["act_ms_batch1"] = {"task": task, "median_ms": {label: round(ms, 3) for label, ms in found.items()}}
+    _write(rows)
+
+
+def uncertainty(task: str, shifts: Sequence[str], *, cpu_s: float, seed: int, n_episodes: int) -> None:
+    """Ask which signal of the default policy tells failures: on clean episodes and on perturbed ones together."""
+    from robopolicy.envs.shifts import apply, parse_shift
+
+    policy, _ = trained(task, "ebt", cpu_s, seed)
+    pooled: list[dict[str, Any]] = []
+    make = envs.make
+    for shift in ("clean", *shifts):
+        envs.make = (  # type: ignore[assignment]
+            make if shift == "clean" else lambda *a, _shift=shift, **k: apply(make(*a, **k), parse_shift(_shift))
+        )
+        try:
+            row = measure(task, policy, n_episodes, Disagreeing(policy))
+        finally:
+            envs.make = make
+        pooled += row["episodes"]
+        found = {"success_once": row["success_once"], "failure_prediction": failure_prediction(row["episodes"])}
+        rows = _read()
+        rows.setdefault("uncertainty", {}).setdefault(task, {})[shift] = {"n_episodes": n_episodes, **found}
+        rows["uncertainty"][task]["pooled"] = {
+            "n_episodes": len(pooled),
+            "failure_prediction": failure_prediction(pooled),
+        }
+        _write(rows)
+        print(task, shift, json.dumps(found), flush=True)
+
+
+def table() -> str:
+    """Return the rows as Markdown, one table per task."""
+    rows, lines = _read(), []
+    times = rows.get("act_ms_batch1", {}).get("median_ms", {})
+    for task in TASKS:
+        mine = [row for row in rows["rows"] if row["task"] == task]
+        if not mine:
+            continue
+        seeds = sorted({row["seed"] for row in mine})
+        lines += [
+            f"**{task}** ({mine[0]['n_episodes']} episodes per seed, training seeds {', '.join(map(str, seeds))})",
+            "",
+            "| arm | sampler | success | 95 % | at end | goals left / right | updates | forward-equivalents | ms |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for name, arm in ARMS.items():
+            for label in arm.samplers:
+                same = [row for row in mine if (row["arm"], row["sampler"]) == (name, label)]
+                if same:
+                    lines.append(_line(name, label, same, times.get(f"{name} {label}")))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(name: str, label: str, same: Sequence[Mapping[str, Any]], ms: float | None) -> str:
+    n = sum(row["n_episodes"] for row in same)
+    hits = round(sum(row["success_once"] * row["n_episodes"] for row in same))
+    low, high = wilson_interval(hits, n)
+    at_end = sum(row["success_at_end"] * row["n_episodes"] for row in same) / n
+    goals = "-"
+    if "goals" in same[0]:
+        left, right = (sum(row["goals"][i] for row in same) / n for i in (0, 1))
+        goals = f"{left:.0%} / {right:.0%}"
+    calls = statistics.fmean(row["forward_equivalents"] for row in same)
+    return (
+        f"| {name} | {label} | {hits / n:.1%} | {low:.0%}-{high:.0%} | {at_end:.1%} | {goals} | "
+        f"{same[0]['num_steps']} | {calls:.3g} | {'-' if ms is None else f'{ms:.2f}'} |"
+    )
+
+
+def _read() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ROWS.read_text()) if ROWS.exists() else {"rows": []}
+    return found
+
+
+def _write(rows: Mapping[str, Any]) -> None:
+    write_file(ROWS, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def _append(row: dict[str, Any]) -> None:
+    rows = _read()
+    rows["rows"].append(row)
+    _write(rows)
+    shown = ("task", "arm", "sampler", "success_once", "success_at_end", "goals", "mean_steps", "num_steps", "step_ms")
+    print(json.dumps({name: row[name] for name in shown if name in row}), flush=True)
+
+
+def _finished(key: Mapping[str, Any]) -> bool:
+    return any(all(row.get(name) == value for name, value in key.items()) for row in _read()["rows"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="*", default=[], choices=TASKS)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--cpu-s", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--uncertainty", metavar="TASK")
+    parser.add_argument("--shifts", nargs="*", default=[], help="perturbations for --uncertainty, as eval's shift=")
+    parser.add_argument("--timing", metavar="TASK", help="milliseconds per act of the trained arms of a task")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for task in args.tasks:
+        for name in args.arms:
+            study(task, name, cpu_s=args.cpu_s, seed=args.seed, n_episodes=args.episodes)
+    if args.timing:
+        timing(args.timing, args.arms, args.cpu_s, args.seed)
+    if args.uncertainty:
+        uncertainty(args.uncertainty, args.shifts, cpu_s=args.cpu_s, seed=args.seed, n_episodes=args.episodes)
+    if args.table:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()
