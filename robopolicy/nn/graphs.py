@@ -66,8 +66,9 @@ def build_graph(
             program = torch.export.export(module, tuple(inputs), strict=False)
             runner = BACKENDS[kind](program, names, outputs, num_threads)
     except Exception as error:  # whatever a tracer raises about somebody's module, the answer is the same
+        first_line = str(error).strip().partition("\n")[0]
         raise RobopolicyError(
-            f"engine={kind} cannot capture {what} ({type(error).__name__}: {str(error)[:300]}); engine=eager works."
+            f"engine={kind} cannot capture {what} ({type(error).__name__}: {first_line}); engine=eager works."
         ) from error
     require_equal(kind, runner(*inputs), expected, what=what)
     return runner
@@ -151,7 +152,9 @@ class CompiledRunner:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.inference_mode():
-            found = self._run(*inputs)
+            found = self._run(
+                *(value.contiguous() for value in inputs)
+            )  # it takes the strides of the example for granted
         return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 

@@ -144,7 +144,7 @@ class GraphEngine:
         args, settings = self._sorted(method, args, settings)
         graph = self._graphs.get((method, len(args), *settings.items())) or self._graph(method, args, settings)
         if not isinstance(graph, Graph):
-            return graph(*args, generator=generator, **settings)
+            return graph(generator=generator, **dict(zip(self._names[method], args, strict=False)), **settings)
         try:
             tensors = _tensors(args, self._modalities)
             fine = graph.fits(tensors)
@@ -188,7 +188,7 @@ class GraphEngine:
         counter = _Counting(network) if isinstance(network, ChunkNetwork) else None
         policy = self._policy if counter is None else _with_network(self._policy, counter)
         tape = NoiseTape()
-        getattr(policy, method)(*args, generator=tape, **settings)
+        getattr(policy, method)(generator=tape, **dict(zip(self._names[method], args, strict=False)), **settings)
         shapes = {tuple(noise.shape) for noise in tape.drawn}
         if len(shapes) > 1:
             raise RobopolicyError(
@@ -209,7 +209,7 @@ class GraphEngine:
         outputs = OUTPUTS[method]
         runner = build_graph(
             self.engine,
-            _Method(self._policy, method, settings, noise=bool(draws[0]), observes=isinstance(args[0], Observation)),
+            _Method(self._policy, method, dict(zip(self._names[method], args, strict=False)), settings, bool(draws[0])),
             tensors,
             what=f"{type(self._policy).__name__}.{method}",
             names=names,
@@ -236,19 +236,20 @@ class _Method(nn.Module):
     """A policy's method as a function of tensors alone."""
 
     def __init__(
-        self, policy: Policy, method: str, settings: Mapping[str, Any], *, noise: bool, observes: bool
+        self, policy: Policy, method: str, args: Mapping[str, Any], settings: Mapping[str, Any], noise: bool
     ) -> None:
         super().__init__()
         self.policy = policy
-        self._method, self._settings, self._noise = method, dict(settings), noise
-        self._modalities = tuple(policy.spec.observation) if observes else ()
+        self._method, self._names, self._settings, self._noise = method, tuple(args), dict(settings), noise
+        self._modalities = tuple(policy.spec.observation) if "obs" in args else ()
 
     def forward(self, *tensors: Tensor) -> Any:
         tape = NoiseTape(tensors[0] if self._noise else ())
-        args: list[Any] = list(tensors[self._noise :])
+        values: list[Any] = list(tensors[self._noise :])
         if num := len(self._modalities):
-            args[:num] = [Observation(modalities=dict(zip(self._modalities, args[:num], strict=True)))]
-        return getattr(self.policy, self._method)(*args, generator=tape, **self._settings)
+            values[:num] = [Observation(modalities=dict(zip(self._modalities, values[:num], strict=True)))]
+        given = dict(zip(self._names, values, strict=True))
+        return getattr(self.policy, self._method)(generator=tape, **given, **self._settings)
 
 
 class _Counting(ChunkNetwork):
