@@ -209,7 +209,7 @@ def parse_picture(message: Message) -> NDArray[np.uint8]:
 def _raw_picture(message: Message, data: bytes) -> NDArray[np.uint8]:
     channels = {"rgb8": 3, "bgr8": 3, "mono8": 1, "rgba8": 4, "bgra8": 4}
     encoding, height, width = message.get("encoding"), message.get("height"), message.get("width")
-    if encoding not in channels:
+    if not isinstance(encoding, str) or encoding not in channels:
         raise MessageError(f"the encoding {encoding!r} is not one of {', '.join(channels)}")
     if not isinstance(height, int) or not isinstance(width, int) or not 0 < height <= 16384 or not 0 < width <= 16384:
         raise MessageError(f"the size {height} x {width} is no picture's")
