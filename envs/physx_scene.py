@@ -28,7 +28,8 @@ class BatchedScene(ManiSkillScene):
         """Move everything in `scenes` [N] bool into fresh PhysX scenes, about 0.4 ms each.
 
         A PhysX scene remembers: contact pairs keep their manifolds, and freed pair numbers come back in another order,
-        which changes the next episode in the last bits. In a fresh scene an episode depends on its first state alone.
+        which changes the next episode in the last bits. Bodies remember how long they have been at rest, which decides
+        when they fall asleep. In a fresh scene, awake, an episode depends on its first state alone.
         """
         for i in scenes.nonzero().flatten().tolist():
             old = self.sub_scenes[i]
@@ -40,6 +41,9 @@ class BatchedScene(ManiSkillScene):
                 old.remove_entity(entity)
             for entity in entities:
                 new.add_entity(entity)
+            for body in system.rigid_dynamic_components:
+                if not body.kinematic:
+                    body.wake_up()
             self.sub_scenes[i] = new
             self.px.replace_system(i, system)
 
