@@ -71,8 +71,13 @@ class _Job:
         return build_planner(self.cfg.planner, self.policy, num_envs, self.loaded.path)
 
 
-def run_one(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate one setting: `cfg.shift` is a single one, or none."""
+def run_one(cfg: DictConfig, *, quiet: bool = False, keep: bool = False) -> dict[str, Any]:
+    """Evaluate one setting: `cfg.shift` is a single one, or none.
+
+    Args:
+        quiet: print nothing.
+        keep: do not repeat an evaluation with the same settings that is already there.
+    """
     from rich.console import Console
 
     from robopolicy import atomic
@@ -80,9 +85,11 @@ def run_one(cfg: DictConfig) -> dict[str, Any]:
     from robopolicy.evaluation import results
     from robopolicy.training.fit import threads
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
     job = _prepared(cfg)
     earlier = results.require_free(job.folder, job.settings, overwrite=cfg.overwrite)
+    if keep and earlier is not None and earlier.info["settings"] == job.settings:
+        return {"folder": str(job.folder), **earlier.info["overall"]}
     with threads(cfg.num_threads or (1 if not _sees_images(job.loaded) else None)):
         result, times = _measured(job, console)
         with atomic.new_folder(job.folder) as staged:
