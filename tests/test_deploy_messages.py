@@ -106,7 +106,7 @@ def test_partial_messages_are_merged_and_as_old_as_their_oldest_part() -> None:
     ("spoil", "why"),
     [
         ({"position": [None] * 7}, "panda_joint1"),
-        ({"position": [*HOME[:6], math.inf]}, "the position of panda_joint7 is not a number"),
+        ({"position": [*HOME[:6].tolist(), math.inf]}, "the position of panda_joint7 is not a number"),
         ({"position": []}, "is not a number"),
         ({"position": HOME[:6].tolist()}, "6 numbers for 7 joints"),
         ({"velocity": [0.0] * 3}, "3 numbers for 7 joints"),
