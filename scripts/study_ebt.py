@@ -5,9 +5,9 @@
     python scripts/study_ebt.py --table                                          # the rows as Markdown
 
 Every arm trains on the first 100 demonstrations for the same CPU time at the settings of configs/train.yaml.
-`ebt_paper` is the published objective and descent on the default's network, since its own makes a handful of updates in
-this time. The averaged weights of the last step act on fresh seeds, once per sampler. Rows go to docs/ebt.json; finished
-ones are not run again. Demonstrations: `robopolicy collect task=<task> num_demos=100` beforehand.
+`ebt_paper` is the published objective and descent on the default's network, since its own makes a handful of updates
+in this time. The averaged weights of the last step act on fresh seeds, once per sampler. Rows go to docs/ebt.json;
+finished ones are not run again. Demonstrations: `robopolicy collect task=<task> num_demos=100` beforehand.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from robopolicy import envs
 from robopolicy.app.build import build_policy
 from robopolicy.atomic import write_file
 from robopolicy.data import batches, load_demonstrations
+from robopolicy.envs.shifts import apply, parse_shift
 from robopolicy.evaluation.rollout import evaluate
 from robopolicy.evaluation.statistics import wilson_interval
 from robopolicy.evaluation.uncertainty import failure_prediction
@@ -97,6 +98,10 @@ ARMS = {
     "flow": Arm(policy="flow", samplers={"-": {}}),
     "mse_bc": Arm(policy="mse_bc"),
 }
+
+
+PERTURBED = ("4 steps", "20 steps", "DDPM-100", "DDIM-10", "-")
+"""Samplers that are also evaluated under perturbations."""
 
 
 class Disagreeing(FreshPlanner):
@@ -219,9 +224,13 @@ def interleaved_ms(calls: Mapping[str, Callable[[], object]], rounds: int = 30) 
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def measure(task: str, policy: Policy, n_episodes: int, planner: FreshPlanner | None = None) -> dict[str, Any]:
-    """Evaluate `policy` on the study's seeds; return its outcomes."""
+def measure(
+    task: str, policy: Policy, n_episodes: int, planner: FreshPlanner | None = None, shift: str = "clean"
+) -> dict[str, Any]:
+    """Evaluate `policy` on the study's seeds, perturbed by `shift`; return its outcomes."""
     env = envs.make(task, num_envs=NUM_ENVS, backend="cpu", max_episode_steps=policy.spec.max_episode_steps)
+    if shift != "clean":
+        env = apply(env, parse_shift(shift))
     goals: list[torch.Tensor] = []
     step = env.step
 
@@ -253,18 +262,19 @@ def measure(task: str, policy: Policy, n_episodes: int, planner: FreshPlanner | 
     return row
 
 
-def study(task: str, name: str, *, cpu_s: float, seed: int, n_episodes: int) -> None:
-    """Train and evaluate one arm on one task; append its rows."""
+def study(task: str, name: str, *, cpu_s: float, seed: int, n_episodes: int, shift: str = "clean") -> None:
+    """Train and evaluate one arm on one task; append its rows. Perturbed, only with the sampler of PERTURBED."""
     arm = ARMS[name]
-    key = {"task": task, "arm": name, "cpu_s": cpu_s, "seed": seed}
-    todo = [label for label in arm.samplers if not _finished({**key, "sampler": label})]
+    key = {"task": task, "arm": name, "cpu_s": cpu_s, "seed": seed, "shift": shift}
+    labels = [label for label in arm.samplers if shift == "clean" or label in PERTURBED]
+    todo = [label for label in labels if not _finished({**key, "sampler": label})]
     if not todo:
         return
     policy, facts = trained(task, name, cpu_s, seed)
     for label in todo:
         acting: Any = copy.deepcopy(policy)
         with_sampler(acting, arm.samplers[label])
-        row = measure(task, acting, n_episodes)
+        row = measure(task, acting, n_episodes, shift=shift)
         steps = row.get("mean_steps", steps_of(acting))
         row["forward_equivalents"] = round(arm.calls_per_step * steps, 2)
         row["failure_prediction"] = failure_prediction(row.pop("episodes"))
@@ -294,19 +304,10 @@ def timing(task: str, names: Sequence[str], cpu_s: float, seed: int) -> None:
 
 def uncertainty(task: str, shifts: Sequence[str], *, cpu_s: float, seed: int, n_episodes: int) -> None:
     """Ask which signal of the default policy tells failures: on clean episodes and on perturbed ones together."""
-    from robopolicy.envs.shifts import apply, parse_shift
-
     policy, _ = trained(task, "ebt", cpu_s, seed)
     pooled: list[dict[str, Any]] = []
-    make = envs.make
     for shift in ("clean", *shifts):
-        envs.make = (  # type: ignore[assignment]
-            make if shift == "clean" else lambda *a, _shift=shift, **k: apply(make(*a, **k), parse_shift(_shift))
-        )
-        try:
-            row = measure(task, policy, n_episodes, Disagreeing(policy))
-        finally:
-            envs.make = make
+        row = measure(task, policy, n_episodes, Disagreeing(policy), shift)
         pooled += row["episodes"]
         found = {"success_once": row["success_once"], "failure_prediction": failure_prediction(row["episodes"])}
         rows = _read()
@@ -319,12 +320,12 @@ def uncertainty(task: str, shifts: Sequence[str], *, cpu_s: float, seed: int, n_
         print(task, shift, json.dumps(found), flush=True)
 
 
-def table() -> str:
+def table(shift: str = "clean") -> str:
     """Return the rows as Markdown, one table per task."""
     rows, lines = _read(), []
     times = rows.get("act_ms_batch1", {}).get("median_ms", {})
     for task in TASKS:
-        mine = [row for row in rows["rows"] if row["task"] == task]
+        mine = [row for row in rows["rows"] if row["task"] == task and row.get("shift", "clean") == shift]
         if not mine:
             continue
         seeds = sorted({row["seed"] for row in mine})
@@ -372,12 +373,24 @@ def _append(row: dict[str, Any]) -> None:
     rows = _read()
     rows["rows"].append(row)
     _write(rows)
-    shown = ("task", "arm", "sampler", "success_once", "success_at_end", "goals", "mean_steps", "num_steps", "step_ms")
+    shown = (
+        "task",
+        "arm",
+        "sampler",
+        "shift",
+        "success_once",
+        "success_at_end",
+        "goals",
+        "mean_steps",
+        "num_steps",
+        "step_ms",
+    )
     print(json.dumps({name: row[name] for name in shown if name in row}), flush=True)
 
 
 def _finished(key: Mapping[str, Any]) -> bool:
-    return any(all(row.get(name) == value for name, value in key.items()) for row in _read()["rows"])
+    rows = [{"shift": "clean", **row} for row in _read()["rows"]]
+    return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
 
 
 def main() -> None:
@@ -387,6 +400,7 @@ def main() -> None:
     parser.add_argument("--cpu-s", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--shift", default="clean", help="a perturbation, as eval's shift=")
     parser.add_argument("--uncertainty", metavar="TASK")
     parser.add_argument("--shifts", nargs="*", default=[], help="perturbations for --uncertainty, as eval's shift=")
     parser.add_argument("--timing", metavar="TASK", help="milliseconds per act of the trained arms of a task")
@@ -395,13 +409,13 @@ def main() -> None:
     torch.set_num_threads(1)
     for task in args.tasks:
         for name in args.arms:
-            study(task, name, cpu_s=args.cpu_s, seed=args.seed, n_episodes=args.episodes)
+            study(task, name, cpu_s=args.cpu_s, seed=args.seed, n_episodes=args.episodes, shift=args.shift)
     if args.timing:
         timing(args.timing, args.arms, args.cpu_s, args.seed)
     if args.uncertainty:
         uncertainty(args.uncertainty, args.shifts, cpu_s=args.cpu_s, seed=args.seed, n_episodes=args.episodes)
     if args.table:
-        print(table())
+        print(table(args.shift))
 
 
 if __name__ == "__main__":

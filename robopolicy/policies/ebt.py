@@ -54,8 +54,8 @@ class Objective:
             momentum; `truncated_last`: the last step alone is derived; `full_bptt`: everything.
         train_noise: `cosine` adds noise from 0.2 down to about 0.01 to the iterate before each step, as published.
         alpha_jitter: step sizes are multiplied by U[1 / jitter, jitter] per row; EBT-Policy has 1.5.
-        corruption: of `denoise`: `interpolate` to (1 - sigma) target + sigma noise, so that sigma 1 is pure noise; `add` it
-            to the target.
+        corruption: of `denoise`: `interpolate` to (1 - sigma) target + sigma noise, pure noise at sigma 1; `add` it to
+            the target.
         sigma_min, sigma_max: noise of `denoise` and `score`, log-uniform between the two.
         pure_share: share of rows of `denoise` that start from pure noise besides.
         num_negatives: candidates of `infonce` beside the target, half of them own iterates.
