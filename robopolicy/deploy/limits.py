@@ -82,6 +82,7 @@ class SafetyFilter:
         self._out = Filtered(np.zeros(joints), np.zeros(joints))
         self._work = np.zeros((4, joints))
         self._pose = np.zeros((2, 7))
+        self._end = np.full(joints, np.inf)
         self._since_arming_s = 0.0
         self._first = True
         self.reset(np.zeros(joints))
@@ -101,19 +102,31 @@ class SafetyFilter:
         self._since_arming_s, self._first = 0.0, True
         self.rejections_in_a_row = self.clamps_in_a_row = 0
 
-    def step(self, wanted: Floats, wanted_velocity: Floats, measured: Floats, dt_s: float) -> Filtered:
+    def step(
+        self,
+        wanted: Floats,
+        wanted_velocity: Floats,
+        measured: Floats,
+        dt_s: float,
+        *,
+        target: Floats | None = None,
+        ends_there: bool = True,
+    ) -> Filtered:
         """Return what may be sent now.
 
         Args:
             wanted: where the policy wants the arm to be one turn from now, rad.
             wanted_velocity: [J] rad/s, how fast the wanted position moves.
             measured: [J] rad.
+            target: [J] rad, where the wanted motion leads; None: `wanted` itself. Jumps are told by it.
+            ends_there: the motion ends at the target, and the arm stays slow enough to stop there.
             dt_s: time since the last call, on the monotonic clock. No more than two command periods are used: after a
                 pause the arm does not catch up by a leap.
         """
         out = self._out
         dt_s = min(max(dt_s, 0.2 * self._dt_s), 2.0 * self._dt_s)
-        out.rejected = self._why_not(wanted, wanted_velocity, measured)
+        goal = wanted if target is None else target
+        out.rejected = self._why_not(wanted, goal, wanted_velocity, measured)
         if out.rejected:
             self.counts.rejections[out.rejected] += 1
             self.rejections_in_a_row += 1
@@ -125,6 +138,7 @@ class SafetyFilter:
         self._first = False
         self.rejections_in_a_row = 0
         self._work[3] = wanted_velocity
+        self._end[:] = target if target is not None and ends_there else np.inf
         out.clamped = self._move(wanted, False, dt_s, share)
         self.clamps_in_a_row = self.clamps_in_a_row + 1 if out.clamped else 0
         self._count(out.clamped)
@@ -147,13 +161,12 @@ class SafetyFilter:
             return f"{self.clamps_in_a_row} commands in a row were clamped: {', '.join(clamp_names(self._out.clamped))}"
         return ""
 
-    def _why_not(self, wanted: Floats, wanted_velocity: Floats, measured: Floats) -> str:
+    def _why_not(self, wanted: Floats, goal: Floats, wanted_velocity: Floats, measured: Floats) -> str:
         count = self._last.shape
-        if wanted.shape != count or wanted_velocity.shape != count or measured.shape != count:
+        if {wanted.shape, goal.shape, wanted_velocity.shape, measured.shape} != {count}:
             return "wrong length"
-        why = _check(
-            wanted, wanted_velocity, measured, self._last, self.safety.jump_rad, self.safety.following_error_rad
-        )
+        safety, last = self.safety, self._last
+        why = _check(wanted, goal, wanted_velocity, measured, last, safety.jump_rad, safety.following_error_rad)
         if not why and self._first and _distance(self._last, measured) > self.safety.first_command_rad:
             return "first command"
         return ("", "not finite", "jump", "following error")[why]
@@ -165,6 +178,7 @@ class SafetyFilter:
         clamped = _limit(
             wanted,
             self._work[3],
+            self._end,
             braking,
             dt_s,
             share,
@@ -211,15 +225,16 @@ def _distance(a: Floats, b: Floats) -> float:
 
 @numba.njit(cache=True, nogil=True)
 def _check(
-    wanted: Floats, wanted_velocity: Floats, measured: Floats, last: Floats, jump: float, following_error: float
+    wanted: Floats, goal: Floats, velocity: Floats, measured: Floats, last: Floats, jump: float, following: float
 ) -> int:
     """Return 0 if the command may be considered, else 1 not finite, 2 jump, 3 following error."""
     for k in range(wanted.shape[0]):
-        if not (math.isfinite(wanted[k]) and math.isfinite(wanted_velocity[k]) and math.isfinite(measured[k])):
+        finite = math.isfinite(wanted[k]) and math.isfinite(goal[k]) and math.isfinite(velocity[k])
+        if not (finite and math.isfinite(measured[k])):
             return 1
-    if _distance(wanted, last) > jump:
+    if _distance(wanted, last) > jump or _distance(goal, last) > jump:
         return 2
-    if _distance(last, measured) > following_error:
+    if _distance(last, measured) > following:
         return 3
     return 0
 
@@ -239,6 +254,7 @@ def _approach(
     k: int,
     wanted: float,
     wanted_velocity: float,
+    end: float,
     share: float,
     dt_s: float,
     low: Floats,
@@ -256,6 +272,10 @@ def _approach(
     gap = wanted - wanted_velocity * dt_s - last[k]  # what is behind now, beside the wanted motion
     near = _reachable_speed(abs(gap), acceleration[k], jerk[k], dt_s)
     v = wanted_velocity + (near if gap >= 0.0 else -near)
+    left = end - last[k]
+    if math.isfinite(left) and v * left > 0.0:
+        enough = _reachable_speed(abs(left), acceleration[k], jerk[k], dt_s)
+        v = min(max(v, -enough), enough)
     top = velocity[k] * share
     if abs(v) > top:
         v = top if v > 0.0 else -top
@@ -354,6 +374,7 @@ def _leaves_box(
 def _limit(
     wanted: Floats,
     wanted_velocity: Floats,
+    end: Floats,
     braking: bool,
     dt_s: float,
     share: float,
@@ -381,7 +402,19 @@ def _limit(
         target[k] = 0.0
         if not braking:
             target[k], clamped = _approach(
-                k, wanted[k], wanted_velocity[k], share, dt_s, low, high, velocity, acceleration, jerk, last, clamped
+                k,
+                wanted[k],
+                wanted_velocity[k],
+                end[k],
+                share,
+                dt_s,
+                low,
+                high,
+                velocity,
+                acceleration,
+                jerk,
+                last,
+                clamped,
             )
     _place(base, origins, rolls, tool_yaw, last, pose[0])
     if not braking:

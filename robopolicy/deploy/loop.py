@@ -207,7 +207,14 @@ class ControlLoop:
                 opening = self._follow(slot, now_s, state)
                 self._shape(now_s, dt_s)
                 wanted, action = self._wanted.copy(), slot.action
-                out = self.safety.step(self._wanted, self._velocity, state.position, dt_s)
+                out = self.safety.step(
+                    self._wanted,
+                    self._velocity,
+                    state.position,
+                    dt_s,
+                    target=self._target,
+                    ends_there=self._lag_s > 0.0,
+                )
             else:
                 self.phase = "waiting" if self.phase == "waiting" else "holding"
                 self.stats.holds += self.phase == "holding"
