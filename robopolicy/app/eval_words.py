@@ -83,6 +83,12 @@ def say(console: Console, info: Mapping[str, Any], folder: Path, earlier: Evalua
             f"{top['avg_num_replans']:.1f} plans and {top['avg_num_hold_steps']:.1f} of "
             f"{info['settings']['max_episode_steps']} control steps without an action to play"
         )
+    for signal, found in info["failure_prediction"].items():
+        low, high = found["ci95"]
+        if low < high:  # the same of all episodes tells nothing
+            console.print(
+                f"{signal} predicts failure with AUROC {found['auroc']:.2f} (95 % interval {low:.2f} to {high:.2f})"
+            )
     if failed := info["failed_seeds"]:
         more = ", ..." if len(failed) > MOST_SEEDS_SHOWN else ""
         console.print(f"failed seeds: {', '.join(map(str, failed[:MOST_SEEDS_SHOWN]))}{more}")

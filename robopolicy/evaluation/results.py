@@ -21,6 +21,7 @@ from robopolicy import atomic
 from robopolicy.errors import CheckpointError, RobopolicyError
 from robopolicy.evaluation.rollout import EvalResult
 from robopolicy.evaluation.statistics import Latency, wilson_interval
+from robopolicy.evaluation.uncertainty import failure_prediction
 
 FORMAT = "robopolicy-eval/1"
 PACKAGES = ("robopolicy", "mani_skill", "sapien", "torch", "diffusers", "numpy", "gymnasium")
@@ -97,6 +98,7 @@ def eval_info(
         "per_task": [{"task_group": task["env_id"], "task_id": 0, "metrics": metrics}],
         "settings": dict(settings),
         "checkpoint": dict(checkpoint),
+        "failure_prediction": failure_prediction([episode.to_row(i) for i, episode in enumerate(rows)]),
         "failed_seeds": [episode.seed for episode in rows if not episode.success_once],
         "latency": result.latency.to_dict(),
         "latency_batch_1": None if latency_batch_1 is None else latency_batch_1.to_dict(),
