@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robopolicy.errors import RobopolicyError
+from robopolicy.errors import RobopolicyError, UnknownNameError
 from robopolicy.types import Frame
 
 from .specs import flatten_observation
 from .vector import SimVectorEnv
 
-ARM_STIFFNESS, ARM_DAMPING, ARM_FORCE = 1e5, 3e3, 100.0
-"""Joint drives of the arm: a position interface follows within 0.03 s, where ManiSkill's own drives (1e3, 1e2) take
-0.1 s. Whoever plays a policy that learned with the slow ones puts the difference in front, as on a real arm."""
+DRIVES: dict[str, tuple[float, float, float] | None] = {"stiff": (1e5, 3e3, 100.0), "maniskill": None}
+"""Stiffness, damping and greatest torque of the arm's joint drives. The position interface of a real arm follows within
+0.03 s (`stiff`) where ManiSkill's own drives take 0.1 s; whoever plays a policy that learned with the slow ones puts
+the difference in front, as on a real arm."""
 CLOSED_FINGER_M = -0.01
 """Where ManiSkill drives a finger that is told to close: into the object, so that it holds."""
 
@@ -27,20 +28,20 @@ CLOSED_FINGER_M = -0.01
 class SteppedRobot:
     """The robot in environment 0 of `env`, which has one environment and absolute joint positions as actions."""
 
-    def __init__(self, env: SimVectorEnv) -> None:
-        """Raises RobopolicyError if `env` is not of that kind."""
+    def __init__(self, env: SimVectorEnv, *, drives: str = "stiff") -> None:
+        """Raises RobopolicyError if `env` is not of that kind, UnknownNameError if `drives` is not in `DRIVES`."""
         if env.num_envs != 1 or env.task_spec.action.control_mode != "pd_joint_pos":
             raise RobopolicyError("A robot in real time needs one environment with control_mode=pd_joint_pos.")
+        if drives not in DRIVES:
+            raise UnknownNameError("kind of joint drive", drives, DRIVES)
         self.env = env
+        self.arm_dof = env.task_spec.action.dim - 1
+        self._drives = DRIVES[drives]
         self._base: Any = env.base_env
-        self._body: Any = self._base.agent.robot._objs[0]
-        self._joints = list(self._body.get_active_joints())
+        self._attach()
         prefix = f"scene-0-{self._base.agent.uid}_"
         self.joint_names = tuple(joint.name.removeprefix(prefix) for joint in self._joints)
         """All moving joints, arm first, as in `agent/qpos`."""
-        self.arm_dof = env.task_spec.action.dim - 1
-        for joint in self._joints[: self.arm_dof]:
-            joint.set_drive_properties(ARM_STIFFNESS, ARM_DAMPING, ARM_FORCE, "force")
         self.dt_s = 1.0 / self._base.sim_freq
         self.control_steps_every = self._base.sim_freq // self._base.control_freq
         """Physics steps in a control step."""
@@ -48,9 +49,17 @@ class SteppedRobot:
         """Since the last reset."""
         self._info: dict[str, Any] = {}
 
+    def _attach(self) -> None:
+        """Take hold of the robot in the scene; tasks whose shapes vary build another one at every reset."""
+        self._body: Any = self._base.agent.robot._objs[0]
+        self._joints = list(self._body.get_active_joints())
+        for joint in self._joints[: self.arm_dof] if self._drives is not None else ():
+            joint.set_drive_properties(*self._drives, "force")
+
     def reset(self, seed: int) -> None:
         """Start the episode of `seed`; the joints are told to stay where they begin."""
         self.env.reset(seed=seed)
+        self._attach()
         self.physics_steps = 0
         self._info = self._base.get_info()
         start = self.position()

@@ -90,7 +90,9 @@ def serving(cfg: DictConfig) -> Iterator[SimRobot]:
         token=os.environ.get(plain["token_variable"] or "") or None,
     )
     try:
-        simulated = SimRobot(SteppedRobot(env), robot, server, SimSettings(seed=plain["seed"], **plain["sim"]))
+        simulated = SimRobot(
+            SteppedRobot(env, drives=plain["drives"]), robot, server, SimSettings(seed=plain["seed"], **plain["sim"])
+        )
         server.start()
         try:
             simulated.start()
