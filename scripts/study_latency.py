@@ -4,6 +4,7 @@
     python scripts/study_latency.py --only async:400         # one row: <executor>:<milliseconds>
     python scripts/study_latency.py --shift goal_moved:2     # in a world that does not wait
     python scripts/study_latency.py --table                  # the finished rows as Markdown, and the plot
+    python scripts/study_latency.py --memory 500             # memory of the process after each 25 episodes
 
 Every row runs the same 100 episodes (seeds 10000 to 10099, the same sampling noise) of the published PickCube policy.
 Executors: `async` and `sync` of `robopolicy eval`, and `lossy`, which is `async` without the correction of increments
@@ -84,6 +85,36 @@ def run_row(executor: str, ms: float, *, checkpoint: str, shift: str | None, n_e
     }
 
 
+def watch_memory(checkpoint: str, n_episodes: int) -> None:
+    """Print what the process holds, wave by wave, through episodes of 20 control steps."""
+    import torch
+
+    from robopolicy.app.build import build_policy
+    from robopolicy.envs import make
+    from robopolicy.evaluation.rollout import Progress, evaluate
+    from robopolicy.policies.actors import ChunkActor
+    from robopolicy.policies.planners import FreshPlanner
+    from robopolicy.training.checkpoint import load
+
+    torch.set_num_threads(1)
+    loaded = load(checkpoint, build_policy)
+    env = make(loaded.spec.name, num_envs=25, backend="cpu", control_mode=loaded.spec.action.control_mode)
+
+    def show(progress: Progress) -> None:
+        if progress.steps_done % 20 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            print(f"{progress.episodes_started} episodes: {pages * resource.getpagesize() / 2**20:.1f} MiB", flush=True)
+
+    actor = ChunkActor(FreshPlanner(loaded.policy.eval()), env.num_envs)
+    evaluate(actor, env, seeds=range(10_000, 10_000 + n_episodes), max_episode_steps=20, on_step=show)
+
+
+def finished() -> list[dict[str, Any]]:
+    """Return the rows that are there."""
+    rows: list[dict[str, Any]] = json.loads(ROWS.read_text())["rows"] if ROWS.is_file() else []
+    return rows
+
+
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["checkpoint"], row["shift"], row["executor"], row["latency_ms"], row["n"]
 
@@ -132,9 +163,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
     for shift, line in zip(worlds, axes, strict=True):
         for axis, within in zip(line, (None, DEADLINE_STEPS), strict=True):
             for k, (executor, colour) in enumerate(zip(EXECUTORS, ("#3b82f6", "#8a8f98", "#f59e0b"), strict=True)):
-                mine = sorted((r for r in rows if (r["shift"], r["executor"]) == (shift, executor)), key=key)
-                if not mine:
-                    continue
+                mine = [r for r in rows if r["shift"] == shift and (r["executor"] == executor or not r["latency_ms"])]
+                mine = sorted(mine, key=lambda r: r["latency_ms"])  # without latency all executors are one
                 found = [rates(row, within) for row in mine]
                 centre = [100 * count / row["n"] for (count, _), row in zip(found, mine, strict=True)]
                 sides = [
@@ -161,8 +191,12 @@ def main() -> None:
     parser.add_argument("--only", help="<executor>:<milliseconds>")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--table", action="store_true", help="print the finished rows, draw the plot, and stop")
+    parser.add_argument("--memory", type=int, metavar="EPISODES", help="watch the memory of the process, and stop")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(ROWS.read_text())["rows"] if ROWS.is_file() else []
+    if args.memory:
+        watch_memory(args.checkpoint, args.memory)
+        return
+    rows = finished()
     if not args.table:
         wanted = [(executor, ms) for ms in LATENCIES_MS for executor in EXECUTORS if ms or executor == "async"]
         if args.only:
@@ -181,7 +215,7 @@ def main() -> None:
             if name in {key(row) for row in rows}:
                 continue
             row = run_row(executor, ms, checkpoint=args.checkpoint, shift=args.shift, n_episodes=args.episodes)
-            rows.append(row)
+            rows = [*finished(), row]  # another process may have added some
             ROWS.write_text(json.dumps({"format": "robopolicy-latency-study/1", "rows": rows}, separators=(",", ":")))
             print(f"{executor} {ms:g} ms: {rates(row)[0]} of {row['n']} in {row['seconds']['wall']:.0f} s", flush=True)
     print(table(rows))
