@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from robopolicy.errors import RobopolicyError, UnknownNameError
 from robopolicy.policies.base import Policy
 from robopolicy.rng import Rng, randint, randn
-from robopolicy.sampling.descent import Descent, Diagnostics, StepRule
+from robopolicy.sampling.descent import CandidateDiagnostics, Descent, Diagnostics, StepRule
 from robopolicy.timing import ChunkTiming
 from robopolicy.types import Batch, Observation, TaskSpec, check_shape
 
@@ -121,7 +121,7 @@ class EnergyPolicy(Policy):
         objective: what is minimised.
         rule: how one energy step moves, in training and after.
         sampler: how many steps a chunk takes, and when a row stops.
-        num_candidates: starts per observation; the chunk of lowest energy is returned. One costs nothing extra.
+        num_candidates: starts per observation; the chunk of lowest energy is returned, and how far they disagree.
         replan_above: a row whose `energy_drop` after a descent from a guess is above this is planned anew from noise.
             None: never. The scale is the network's own; evaluation/uncertainty.py finds a value.
         loss_on_padding: also fit the repeated actions that hang over an episode's ends.
@@ -368,7 +368,9 @@ class EnergyPolicy(Policy):
         ends = torch.where(torch.isfinite(ends), ends, torch.inf)
         best = rearrange(ends, "(b n) -> b n", n=count).argmin(dim=1)
         rows = best + count * torch.arange(len(context), device=best.device)
-        return x[rows], Diagnostics(**{name: value[rows] for name, value in vars(seen).items()})
+        spread = rearrange(x, "(b n) h a -> b n (h a)", n=count).std(dim=1).mean(dim=1)
+        chosen = {name: value[rows] for name, value in vars(seen).items()}
+        return x[rows], CandidateDiagnostics(**chosen, disagreement=spread)
 
     def _from_guess(self, context: Tensor, guess: Tensor, generator: Rng) -> tuple[Tensor, Diagnostics]:
         noise = self._noise(len(context), generator) / self.sampler.start_scale

@@ -25,7 +25,7 @@ points to.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -155,6 +155,14 @@ class Diagnostics:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CandidateDiagnostics(Diagnostics):
+    """Of the chosen one of several descents per row."""
+
+    disagreement: Tensor
+    """[B], standard deviation of the chunks that the descents found, mean over their numbers, in network units."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Descent:
     """The loop: how many steps, how long each, and when a row has had enough.
@@ -250,22 +258,31 @@ class Descent:
         *,
         last: bool,
     ) -> None:
-        x, move, landing = (_take(value, rows) for value in (state.x, state.move, state.landing))
+        x, move = _take(state.x, rows), _take(state.move, rows)
         x, scale = rule.normalised(x)
         moved = rule(energy, x, move if k else None, alpha, rows=rows, scale=scale)
         with torch.no_grad():
-            norm = moved.gradient.flatten(1).norm(dim=1)
             # a share below 1 moves part of the way; in `flow` shares are step sizes, and no step is whole
             whole = moved.x + (share * moved.move if self.schedule == "flow" else moved.move)
-            if self.stop == "gradient_norm":
-                done = norm <= self.tolerance
-            elif self.stop == "step_length" and k:
-                done = (whole - landing).square().mean(dim=(1, 2)).sqrt() <= self.tolerance
-            else:
-                done = torch.zeros_like(norm, dtype=torch.bool)
-            partly = whole if last or self.schedule != "harmonic" else moved.x + share * moved.move
-            partly = torch.where(done[:, None, None], whole, partly) if self.stop != "fixed" else partly
-            state.put(rows, k, partly, moved.move.detach(), whole, moved.energy.detach(), norm, done)
+            after = whole if last or self.schedule != "harmonic" else moved.x + share * moved.move
+            new = {"x": after, "move": moved.move, "energy": moved.energy}
+            if k <= 1:
+                new["baseline"] = moved.energy
+            if last or self.stop != "fixed":
+                new["norm"] = norm = moved.gradient.flatten(1).norm(dim=1)
+            if self.stop != "fixed":
+                new["done"] = done = self._done(norm, whole, _take(state.landing, rows) if k else None)
+                new["x"] = torch.where(done[:, None, None], whole, after)
+                new["landing"] = whole
+            state.put(rows, k, new)
+
+    def _done(self, norm: Tensor, landing: Tensor, before: Tensor | None) -> Tensor:
+        """Return which rows stop, [K] bool: by the gradient's `norm` [K], or by how far the landing moved."""
+        if self.stop == "gradient_norm":
+            return norm <= self.tolerance
+        if before is None:
+            return torch.zeros_like(norm, dtype=torch.bool)
+        return (landing - before).square().mean(dim=(1, 2)).sqrt() <= self.tolerance
 
 
 class _State:
@@ -277,43 +294,26 @@ class _State:
         self.move = torch.zeros_like(start)
         self.landing = start
         self.energy = torch.zeros(size, device=there)
-        self.baseline = torch.zeros(size, device=there)
-        self.norm = torch.zeros(size, device=there)
+        self.baseline = self.energy
+        self.norm = self.energy
         self.num_steps = torch.zeros(size, dtype=torch.int64, device=there)
-        self._done = torch.zeros(size, dtype=torch.bool, device=there)
+        self.done = torch.zeros(size, dtype=torch.bool, device=there)
 
     @property
     def moving(self) -> Tensor | None:
         """[K] int, the rows that have not stopped; None while all of them move."""
-        return (~self._done).nonzero().flatten() if bool(self._done.any()) else None
+        return (~self.done).nonzero().flatten() if bool(self.done.any()) else None
 
-    def put(
-        self,
-        rows: Tensor | None,
-        k: int,
-        x: Tensor,
-        move: Tensor,
-        landing: Tensor,
-        energy: Tensor,
-        norm: Tensor,
-        done: Tensor,
-    ) -> None:
-        baseline = energy if k <= 1 else _take(self.baseline, rows)
-        steps = torch.full_like(energy, k + 1, dtype=torch.int64)
-        new: dict[str, Tensor] = {
-            "x": x,
-            "move": move,
-            "landing": landing,
-            "energy": energy,
-            "baseline": baseline,
-            "norm": norm,
-            "num_steps": steps,
-            "_done": done,
-        }
+    def put(self, rows: Tensor | None, k: int, new: Mapping[str, Tensor]) -> None:
+        """Note what step `k` found for `rows` [K] (None: all)."""
         for name, value in new.items():
             if rows is not None:
                 value = getattr(self, name).index_copy(0, rows, value.to(getattr(self, name).dtype))
-            setattr(self, name, value)
+            setattr(self, name, value.detach())
+        if rows is None:
+            self.num_steps = torch.full_like(self.num_steps, k + 1)
+        else:
+            self.num_steps = self.num_steps.index_fill(0, rows, k + 1)
 
     def diagnostics(self) -> Diagnostics:
         return Diagnostics(
