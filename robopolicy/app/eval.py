@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from robopolicy.policies.base import Policy
     from robopolicy.policies.planners import Planner
     from robopolicy.training.checkpoint import LoadedPolicy
-    from robopolicy.types import Environment
+    from robopolicy.types import Environment, Frame
 
 EXAMPLES: tuple[tuple[str, str], ...] = (
     ("robopolicy eval checkpoint=pick_cube", "100 episodes of the run's last step, success with its 95 % interval"),
@@ -139,6 +139,8 @@ def _measured(job: _Job, console: Console) -> tuple[EvalResult, tuple[Latency, L
     cfg = job.cfg
     env = _environment(job, num_envs=job.num_envs)
     frame, _ = env.reset(seed=job.seeds[0])
+    if hasattr(job.loaded.policy, "descent_path") and cfg.shift is None:
+        _landscape(job, frame)
     measured = job.settings["latency"] == "measured"  # then the times decide the outcome
     times = planner_latency(job.planner(1), frame, num_calls=100 if measured else 25)
     with progress_bar(len(job.seeds), console=console) as show:
@@ -152,6 +154,23 @@ def _measured(job: _Job, console: Console) -> tuple[EvalResult, tuple[Latency, L
         )
     env.close()
     return result, times
+
+
+def _landscape(job: _Job, frame: Frame) -> None:
+    """Draw the energy that the policy descends on, at the start of the first episode, into the run's folder."""
+    import torch
+
+    from robopolicy.evaluation.landscape import save_landscape
+    from robopolicy.evaluation.results import run_folder
+    from robopolicy.evaluation.rollout import noise_generator
+    from robopolicy.policies.actors import ObservationWindow
+
+    policy: Any = job.loaded.policy
+    window = ObservationWindow(policy.spec, policy.timing.n_obs_steps, job.num_envs)
+    window.push(frame)
+    first = window.observation.take(torch.tensor([0])).to(job.device)
+    path = run_folder(job.loaded.path) / "landscape.png"
+    save_landscape(policy, first, path, generator=noise_generator(job.seeds[0], job.cfg.noise_seed))
 
 
 def _actor(job: _Job, env: Environment, times: tuple[Latency, Latency]) -> Actor:
