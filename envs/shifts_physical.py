@@ -200,8 +200,7 @@ class CameraPose(_Start):
                 self._places[camera, row] = (lens, original)
             half = self.strength * RAD_PER_M / 2
             turn = np.concatenate([[np.cos(half)], np.sin(half) * axis])
-            if self.strength:
-                lens.local_pose = original * sapien.Pose(self.strength * move, turn)
+            lens.local_pose = original * sapien.Pose(self.strength * move, turn) if self.strength else original
             sensor.camera._cached_local_pose = None
 
 

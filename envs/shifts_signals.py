@@ -6,6 +6,7 @@ They need no simulator and work on any `Environment`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -209,9 +210,11 @@ class ActionDelay(Shifted):
         super().__init__(env, strength, name=name)
         self._queue: Tensor | None = None
 
-    def reset(self, **kwargs: object) -> tuple[Frame, dict[str, object]]:  # type: ignore[override]
-        frame, info = super().reset(**kwargs)  # type: ignore[arg-type]
-        rows = self._rows((kwargs.get("options") or {}).get("env_idx"))  # type: ignore[attr-defined]
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Frame, dict[str, Any]]:
+        frame, info = super().reset(seed=seed, options=options)
+        rows = self._rows((options or {}).get("env_idx"))
         hold = hold_action(self.env)
         if self._queue is None:
             self._queue = hold.expand(int(self.strength), *hold.shape).clone()

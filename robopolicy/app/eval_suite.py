@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from rich.console import Console
 
     from robopolicy.envs.shifts import Shift
@@ -138,9 +137,9 @@ def _cell(cfg: DictConfig, shift: Shift | None) -> Path:
     """Evaluate under `shift`, unless that was done before; return the folder."""
     from robopolicy.app.eval import run_one
 
-    changes = {"shift": None if shift is None else str(shift), "name": None, "video": False, "failures": False}
-    done = run_one(OmegaConf.merge(cfg, changes), quiet=True, keep=not cfg.overwrite)
-    return Path(done["folder"])
+    cell = cfg.copy()
+    cell.update({"shift": None if shift is None else str(shift), "name": None, "video": False, "failures": False})
+    return Path(run_one(cell, quiet=True, keep=not cfg.overwrite)["folder"])
 
 
 def _head(cfg: DictConfig, clean: Evaluation) -> dict[str, Any]:
