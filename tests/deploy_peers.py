@@ -1,12 +1,14 @@
 """Robots without physics and other peers of a bridge, for the tests of deployment.
 
-Run as a program it is a robot that knows nothing of this project: `python deploy_peers.py roslibpy <url> <seconds>`.
+Run as a program it is a peer that knows nothing of this project, see `PEERS`; it then needs numpy and what it is named
+after.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import threading
 import time
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -26,6 +27,8 @@ HOME = np.array([0.0, 0.4, 0.0, -1.9, 0.0, 2.3, 0.8])
 
 def robot_data(**command: Any) -> dict[str, Any]:
     """Return the Panda's robot file as a mapping, with changes to its `command`."""
+    import yaml
+
     data = yaml.safe_load((CONFIGS / "robot" / "panda.yaml").read_text())
     return {**data, "command": {**data["command"], **command}}
 
@@ -191,7 +194,12 @@ class RoslibpyRobot:
         self._child.wait(5)
 
 
-def roslibpy_robot(url: str, dialect: str, seconds: float) -> None:
+def say(value: Any) -> None:
+    """Tell the test that started this process."""
+    print(json.dumps(value), flush=True)
+
+
+def roslibpy_robot(url: str, dialect: str, seconds: str) -> None:
     """Be the other process of `RoslibpyRobot`."""
     from urllib.parse import urlsplit
 
@@ -207,7 +215,7 @@ def roslibpy_robot(url: str, dialect: str, seconds: float) -> None:
     hello = roslibpy.Service(ros, "/hello", "std_srvs/Trigger")
 
     def tell(kind: str, message: Any) -> None:
-        print(json.dumps({"kind": kind, "message": dict(message)}), flush=True)
+        say({"kind": kind, "message": dict(message)})
 
     def ask_to_stop(message: Any) -> None:
         estop.publish({"data": True})
@@ -222,7 +230,7 @@ def roslibpy_robot(url: str, dialect: str, seconds: float) -> None:
     roslibpy.Topic(ros, "/please_stop", "std_msgs/Bool").subscribe(ask_to_stop)
     states.advertise()
     estop.advertise()
-    until_s = time.monotonic() + seconds
+    until_s = time.monotonic() + float(seconds)
     while time.monotonic() < until_s:
         now_s = time.time()
         parts_of_time = (int(now_s), int(now_s % 1 * 1e9))
@@ -234,6 +242,152 @@ def roslibpy_robot(url: str, dialect: str, seconds: float) -> None:
     ros.close()
 
 
+class NativeRos2:
+    """A ROS 2 robot (rclpy) and a gateway to it, each a process; what real ROS refuses, the gateway does not deliver.
+
+    The gateway is the part of a bridge that knows ROS: it turns messages into ROS's own types and back, field by field.
+    """
+
+    def __init__(self, python: str, server: Any) -> None:
+        import os
+        import subprocess
+
+        environment = {**os.environ, "ROS_DOMAIN_ID": str(os.getpid() % 100), "FASTDDS_BUILTIN_TRANSPORTS": "SHM"}
+        environment.pop("PYTHONPATH", None)
+        start = lambda kind: subprocess.Popen(  # noqa: E731
+            [python, __file__, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._robot, self._gateway = start("rclpy-robot"), start("rclpy-gateway")
+        self.seen: list[dict[str, Any]] = []
+        """What the robot's own node received."""
+        self.refused: list[str] = []
+        """What could not be made a ROS message."""
+        assert self._gateway.stdin is not None
+        for name, kind in ROS_TOPICS.items():
+            server.listen(name, kind, lambda message, name=name: self._send(name, message))
+        threading.Thread(target=self._read_robot, daemon=True).start()
+        threading.Thread(target=self._read_gateway, args=(server,), daemon=True).start()
+
+    def _send(self, topic: str, message: Any) -> None:
+        self._gateway.stdin.write(json.dumps({"topic": topic, "msg": message}) + "\n")  # type: ignore[union-attr]
+        self._gateway.stdin.flush()  # type: ignore[union-attr]
+
+    def _read_robot(self) -> None:
+        for line in self._robot.stdout or ():
+            self.seen.append(json.loads(line))
+
+    def _read_gateway(self, server: Any) -> None:
+        for line in self._gateway.stdout or ():
+            told = json.loads(line)
+            if "refused" in told:
+                self.refused.append(told["refused"])
+            else:
+                server.publish(told["topic"], told["type"], told["msg"])
+
+    def close(self) -> None:
+        for child in (self._robot, self._gateway):
+            child.kill()
+            child.wait(5)
+
+
+ROS_TOPICS = {
+    "/panda_arm_controller/joint_trajectory": "trajectory_msgs/JointTrajectory",
+    "/panda_arm_controller/commands": "std_msgs/Float64MultiArray",
+    "/servo_node/delta_twist_cmds": "geometry_msgs/TwistStamped",
+    "/robopolicy/status": "std_msgs/String",
+}
+
+
+def rclpy_robot() -> None:
+    """Be a robot's driver that knows nothing of any bridge."""
+    import rclpy
+    from sensor_msgs.msg import JointState
+    from std_msgs.msg import String
+    from trajectory_msgs.msg import JointTrajectory
+
+    rclpy.init()
+    node = rclpy.create_node("robot")
+    publisher = node.create_publisher(JointState, "/joint_states", 10)
+
+    def publish() -> None:
+        message = JointState(name=[*FINGERS, *reversed(ARM)], position=[0.04, 0.04, *HOME[::-1].tolist()])
+        message.header.stamp = node.get_clock().now().to_msg()
+        message.velocity = [0.0] * 9
+        message.effort = [math.nan] * 9
+        publisher.publish(message)
+
+    def tell(message: Any) -> None:
+        points = [
+            [*point.positions, point.time_from_start.sec + 1e-9 * point.time_from_start.nanosec]
+            for point in message.points
+        ]
+        print(json.dumps({"joint_names": list(message.joint_names), "points": points}), flush=True)
+
+    node.create_timer(0.01, publish)
+    node.create_subscription(JointTrajectory, "/panda_arm_controller/joint_trajectory", tell, 10)
+    node.create_subscription(
+        String, "/robopolicy/status", lambda m: print(json.dumps({"status": m.data}), flush=True), 10
+    )
+    rclpy.spin(node)
+
+
+def rclpy_gateway() -> None:
+    """Be the gateway of `NativeRos2`."""
+    import importlib
+
+    import rclpy
+    from sensor_msgs.msg import JointState
+
+    def kind_of(name: str) -> Any:
+        package, _, kind = name.partition("/")
+        return getattr(importlib.import_module(f"{package}.msg"), kind)
+
+    def to_ros(kind: Any, value: Any) -> Any:
+        out = kind()
+        fields = kind.get_fields_and_field_types()
+        for key, item in value.items():
+            inner = fields[key]  # an unknown field is an error, as it is to a bridge
+            element = inner.removeprefix("sequence<").rstrip(">") if inner.startswith("sequence<") else inner
+            if "/" in element:
+                element = kind_of(element)
+                item = [to_ros(element, v) for v in item] if inner.startswith("sequence<") else to_ros(element, item)
+            setattr(out, key, item)
+        return out
+
+    def to_json(value: Any) -> Any:
+        if hasattr(value, "get_fields_and_field_types"):
+            return {key: to_json(getattr(value, key)) for key in value.get_fields_and_field_types()}
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if isinstance(value, list | tuple):
+            return [to_json(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    rclpy.init()
+    node = rclpy.create_node("gateway")
+    kinds = {topic: kind_of(name) for topic, name in ROS_TOPICS.items()}
+    publishers = {topic: node.create_publisher(kind, topic, 10) for topic, kind in kinds.items()}
+
+    def forward(message: Any) -> None:
+        print(
+            json.dumps({"topic": "/joint_states", "type": "sensor_msgs/JointState", "msg": to_json(message)}),
+            flush=True,
+        )
+
+    def read() -> None:
+        for line in sys.stdin:
+            told = json.loads(line)
+            try:
+                publishers[told["topic"]].publish(to_ros(kinds[told["topic"]], told["msg"]))
+            except (KeyError, AssertionError, TypeError, AttributeError) as error:
+                say({"refused": f"{told['topic']}: {error!r}"})
+
+    node.create_subscription(JointState, "/joint_states", forward, 10)
+    threading.Thread(target=read, daemon=True).start()
+    rclpy.spin(node)
+
+
+PEERS = {"roslibpy": roslibpy_robot, "rclpy-robot": rclpy_robot, "rclpy-gateway": rclpy_gateway}
+
 if __name__ == "__main__":
-    assert sys.argv[1] == "roslibpy"
-    roslibpy_robot(sys.argv[2], sys.argv[3], float(sys.argv[4]))
+    PEERS[sys.argv[1]](*sys.argv[2:])

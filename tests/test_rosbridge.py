@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ import os
 import random
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -28,6 +30,7 @@ import websockets.sync.client
 from deploy_peers import (
     ARM,
     HOME,
+    NativeRos2,
     RoslibpyRobot,
     TimeTeller,
     arm_behind_a_bridge,
@@ -453,3 +456,51 @@ def test_a_robot_that_speaks_by_roslibpy(bridge: tuple[str, str]) -> None:
     finally:
         client.close()
         peer.close()
+
+
+def ros_python() -> str | None:
+    """Return a Python that has ROS 2: $ROS_PYTHON, or this one."""
+    if named := os.environ.get("ROS_PYTHON"):
+        return named
+    return sys.executable if importlib.util.find_spec("rclpy") else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ros_python() is None, reason="needs rclpy, here or in the Python that $ROS_PYTHON names")
+def test_a_native_ros_2_node_understands_every_message() -> None:
+    python = ros_python()
+    assert python is not None
+    for interface, topic in (
+        ("joint_trajectory", TRAJECTORY_TOPIC),
+        ("forward_position", "/panda_arm_controller/commands"),
+        ("servo_twist", "/servo_node/delta_twist_cmds"),
+    ):
+        with stand_in() as server:
+            peer = NativeRos2(python, server)
+            client = RemoteRobot(RobotFile.from_dict(robot_data(interface=interface, topic=topic)), url=server.url)
+            try:
+                client.connect(10)
+                until(lambda client=client: client.state() is not None, within_s=20)
+                state = client.state()
+                assert state is not None
+                np.testing.assert_array_equal(state.position, HOME)
+                assert (client.dialect, state.gripper_width_m) == ("ros2", 0.08)
+                assert state.stamp_s == pytest.approx(time.time(), abs=1.0)
+                until(lambda client=client: client.rearm() or client.armed)
+                with TimeTeller(client):
+                    until(lambda server=server, topic=topic: server.received.get(topic, 0) > 20, within_s=5)
+                client.publish_status({"phase": "live"})
+                client.stop("end")
+                until(lambda peer=peer: any("status" in seen for seen in peer.seen), within_s=5)
+                if interface == "joint_trajectory":
+                    until(
+                        lambda peer=peer: len(peer.seen) > 20 and len(peer.seen[-1].get("points", ())) == 1, within_s=5
+                    )
+                    moving = [seen for seen in peer.seen if len(seen.get("points", ())) == 2]
+                    assert moving[-1]["joint_names"] == list(ARM)
+                    np.testing.assert_allclose(moving[-1]["points"][0][1:7], HOME[1:])
+                    assert moving[-1]["points"][0][7] == pytest.approx(0.01)
+                assert peer.refused == []
+            finally:
+                client.close()
+                peer.close()

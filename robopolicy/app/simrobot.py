@@ -87,7 +87,7 @@ def serving(cfg: DictConfig) -> Iterator[SimRobot]:
         dialect=plain["dialect"],
         quirks=Quirks(**plain["quirks"]),
         faults=faults,
-        token=os.environ.get(plain["token_variable"] or "") or None,
+        token=os.environ.get(plain["token_env"] or "") or None,
     )
     try:
         simulated = SimRobot(
@@ -147,11 +147,10 @@ def _say(cfg: DictConfig, robot: SimRobot) -> None:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    streams = [
-        f"{s.topic}"
-        for name, s in robot.robot.streams.items()
-        if name in robot.sim.extras() or name in robot.sim.cameras
-    ]
+    known, there = robot.robot.streams, {*robot.sim.extras(), *robot.sim.cameras}
+    streams = [stream.topic for name, stream in known.items() if name in there]
+    derived = {source.partition("/")[2] for source in robot.robot.observations if source.startswith("extra/")}
+    untold = sorted(there - set(known) - derived)
     lines = [
         ("robot", f"{robot.robot.name} in task {cfg.task.name}, spoken to as {cfg.dialect}"),
         ("takes", f"{robot.robot.command.topic} and other controllers' topics"),
@@ -162,6 +161,9 @@ def _say(cfg: DictConfig, robot: SimRobot) -> None:
     ]
     for name, text in lines:
         console.print(f"  [bold]{name:<9}[/] {text}", markup=True)
+    if untold:
+        lacking = f"the robot file {robot.robot.name!r} has no stream for {', '.join(untold)}"
+        console.print(f"  [yellow]note[/]      {lacking}; a policy that needs them cannot be deployed with it")
 
 
 def _summary(robot: SimRobot) -> dict[str, Any]:
