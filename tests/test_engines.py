@@ -119,6 +119,7 @@ def test_a_guess_is_refined_as_by_the_policy(policy, engine):
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     x, cond, _ = policy.refine_first(obs, guess, generator=noise(3))
+    assert "refine_rest" in {graph.method for graph in engine.graphs}  # not to be captured at a tick that is due
     torch.testing.assert_close(
         engine.refine_rest(x, cond, generator=noise(4)),
         policy.refine_rest(x, cond, generator=noise(4)),

@@ -180,6 +180,10 @@ class GraphEngine:
                 self._graphs[key] = getattr(self._with_network_graphs(), method)
             else:
                 self._graphs[key] = self._capture(method, first, settings, draws)
+            if method == "refine_first":  # its other half will be wanted at some tick that cannot wait for a capture
+                with torch.no_grad():
+                    x, cond, _ = self._run(method, *first, **settings)
+                self._graph("refine_rest", (x, cond), settings)
         return self._graphs[key]
 
     def _rehearse(self, method: str, args: tuple[Any, ...], settings: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
