@@ -16,6 +16,7 @@ from robopolicy.nn.frames import FrameEncoder, FrameEnergyTransformer
 from robopolicy.nn.mlp import ChunkMLP
 from robopolicy.policies.ebt import EnergyPolicy, Objective
 from robopolicy.policies.regression import RegressionPolicy
+from robopolicy.policies.warm_start import WarmStartPlanner
 from robopolicy.sampling.descent import Descent, StepRule
 from robopolicy.timing import ChunkTiming
 from robopolicy.training.optim import load_optimizer_tensors, make_optimizer, make_scheduler, optimizer_tensors
@@ -351,6 +352,25 @@ def test_a_guess_is_where_the_descent_starts():
     assert policy.last_diagnostics.num_steps.unique().tolist() == [3]
     with pytest.raises(ShapeError, match=r"guess must be \[B=2, H=8, A=4\]"):
         policy.act(obs, guess=guess[:1])
+
+
+def test_a_warm_start_planner_drives_it():
+    policy = policy_of(sampler=Descent(max_steps=5, warm_steps=2))
+    planner = WarmStartPlanner(policy, 3)
+    obs, rows, shift = (
+        fake_observation(policy.spec, 3, 2, seeded(0)[0]),
+        torch.arange(3),
+        torch.ones(3, dtype=torch.int64),
+    )
+    for calls in (5, 2, 2):
+        chunk = planner(obs, rows, shift=shift, generator=seeded(1, 2, 3))
+        assert chunk.shape == (3, 8, 4)
+        assert planner.diagnostics["network_calls"].tolist() == [calls] * 3
+    planner.reset(torch.tensor([True, False, False]))
+    planner(obs, rows, shift=shift, generator=seeded(1, 2, 3))
+    assert planner.diagnostics["network_calls"].tolist() == [5, 2, 2]
+    with pytest.raises(RobopolicyError, match="set warm_start=null"):
+        policy.refine(obs, chunk, warm_start=Descent())
 
 
 def test_an_unsure_row_is_planned_anew():

@@ -23,8 +23,10 @@ from robopolicy.types import Observation
 
 NUM_DESCENTS = 16
 GRID = 61
-MARGIN = 0.35
+MARGIN = 0.5
 """Share of the span of what is shown that is added on each side."""
+LEAST_SPAN = 2.0
+"""Of a picture whose descents all end in one point, before the margin; distances are norms over the whole chunk."""
 
 
 class Descends(Protocol):
@@ -76,10 +78,10 @@ def plane(paths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _range(points: Tensor, ends: Tensor) -> Tensor:
-    """Return GRID coordinates that span the first path and all ends, with a margin."""
-    shown = torch.cat([points[0], ends])
+    """Return GRID coordinates that span all ends and, from its first landing on, the first path, with a margin."""
+    shown = torch.cat([points[0, 1:], ends])
     low, high = shown.min(), shown.max()
-    pad = MARGIN * (high - low).clamp_min(0.5)
+    pad = MARGIN * (high - low).clamp_min(LEAST_SPAN)
     return torch.linspace(float(low - pad), float(high + pad), GRID)
 
 

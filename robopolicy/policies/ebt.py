@@ -308,6 +308,11 @@ class EnergyPolicy(Policy):
             self.last_diagnostics = seen
             return self.clip(self.norm.decode("action", x)), seen
 
+    @property
+    def warm_start(self) -> Descent:
+        """What decides how a guess is refined; `num_calls` are its energy steps."""
+        return self.sampler
+
     def refine(
         self, obs: Observation, guess: Tensor, *, warm_start: Any = None, generator: Rng = None
     ) -> tuple[Tensor, Tensor]:

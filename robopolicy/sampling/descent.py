@@ -201,6 +201,11 @@ class Descent:
             raise ValueError(f"flow needs 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}.")
 
     @property
+    def num_calls(self) -> int:
+        """Energy steps from a guess, at most."""
+        return self.warm_steps
+
+    @property
     def start_scale(self) -> float:
         """Standard deviation of the noise that a chunk starts from."""
         return self.sigma_max if self.schedule == "flow" else 1.0
