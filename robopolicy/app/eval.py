@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +80,7 @@ def run_one(cfg: DictConfig, *, quiet: bool = False, keep: bool = False) -> dict
     from rich.console import Console
 
     from robopolicy import atomic
+    from robopolicy.app.eval_pictures import failure_sheet, film
     from robopolicy.app.eval_words import say
     from robopolicy.evaluation import results
     from robopolicy.training.fit import threads
@@ -93,8 +93,9 @@ def run_one(cfg: DictConfig, *, quiet: bool = False, keep: bool = False) -> dict
     with threads(cfg.num_threads or (1 if not _sees_images(job.loaded) else None)):
         result, times = _measured(job, console)
         with atomic.new_folder(job.folder) as staged:
-            video = _film(job, result, staged, console) if cfg.video else None
-            failures = _failures(job, result, staged, console) if cfg.video or cfg.failures else None
+            build = functools.partial(_environment, job, render=True)
+            video = film(cfg, build, result, staged, job.backend, console) if cfg.video else None
+            failures = failure_sheet(cfg, build, result, staged, console) if cfg.video or cfg.failures else None
             info = _described(job, result, times, video, failures)
             results.write_results(staged, info, result)
     say(console, info, job.folder, earlier, results.read_evaluation(job.folder))
@@ -312,46 +313,6 @@ def _engine(policy: Policy, name: str) -> Policy:
 
     engine: Policy = build_engine(policy, name)
     return engine
-
-
-def _film(job: _Job, result: EvalResult, folder: Path, console: Console) -> dict[str, Any]:
-    """Replay the first episodes with pictures and write the film into `folder`."""
-    from rich.progress import Progress
-
-    from robopolicy.evaluation.video import record
-
-    cfg = job.cfg
-    episodes = result.episodes[: cfg.video_episodes]
-    begin = time.perf_counter()
-    # one by one on a CPU: no picture is drawn of a finished episode
-    tiles = len(episodes) if job.backend == "cuda" else 1
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("rendering", total=None)
-        env = _environment(job, num_envs=tiles, render=True)
-        video = record(
-            env,
-            episodes,
-            folder,
-            size_px=cfg.video_tile_px,
-            stride=cfg.video_stride,
-            on_step=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-        env.close()
-    return {**video, "seconds": time.perf_counter() - begin}
-
-
-def _failures(job: _Job, result: EvalResult, folder: Path, console: Console) -> dict[str, Any] | None:
-    """Replay failed episodes and write how they ended into `folder`; None where none failed."""
-    from robopolicy.evaluation.video import record_failures
-
-    failed = [episode for episode in result.episodes if not episode.success_once][: job.cfg.failures_most]
-    if not failed:
-        return None
-    with console.status(f"replaying {len(failed)} failed episodes"):
-        env = _environment(job, num_envs=len(failed), render=True)
-        sheet = record_failures(env, failed, folder, size_px=job.cfg.video_tile_px)
-        env.close()
-    return sheet
 
 
 def _sees_images(loaded: LoadedPolicy) -> bool:

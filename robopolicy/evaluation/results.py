@@ -24,6 +24,7 @@ from robopolicy.evaluation.statistics import Latency, wilson_interval
 from robopolicy.evaluation.uncertainty import failure_prediction
 
 FORMAT = "robopolicy-eval/1"
+TIMES = ("reset_s", "simulation_s", "policy_s", "other_s", "env_steps_per_s")
 PACKAGES = ("robopolicy", "mani_skill", "sapien", "torch", "diffusers", "numpy", "gymnasium")
 
 
@@ -103,13 +104,7 @@ def eval_info(
         "latency": result.latency.to_dict(),
         "latency_batch_1": None if latency_batch_1 is None else latency_batch_1.to_dict(),
         "latency_first_plan": None if latency_first_plan is None else latency_first_plan.to_dict(),
-        "time": {
-            "reset_s": result.reset_s,
-            "simulation_s": result.simulation_s,
-            "policy_s": result.policy_s,
-            "other_s": result.other_s,
-            "env_steps_per_s": result.env_steps_per_s,
-        },
+        "time": {key: getattr(result, key) for key in TIMES},
         "num_envs": result.num_envs,
         "backend": backend,
         "device": device,
