@@ -270,8 +270,8 @@ def shifted() -> Iterator[Callable[..., Any]]:
 def test_all_physical_shifts_together_are_nothing_at_zero_and_alike_for_every_n(
     strength: str, reference: dict[str, Tensor]
 ) -> None:
-    def build(num_envs: int) -> Environment:
-        env: Environment = make("pick_cube", num_envs=num_envs, backend="cpu")
+    def build(num_envs: int, backend: str = "cpu") -> Environment:
+        env: Environment = make("pick_cube", num_envs=num_envs, backend=backend)
         for name in (*PHYSICAL, "action_delay"):
             env = apply_strength(env, name, 0.0 if strength == "zero" else SHIFTS[name].strength(3))
         return env
@@ -290,6 +290,11 @@ def test_all_physical_shifts_together_are_nothing_at_zero_and_alike_for_every_n(
     one = roll(alone, SEEDS[2:3], actions[:, 2:3])
     assert all(torch.equal(seen[n][:, 2], one[n][:, 0]) for n in seen)
     alone.close()
+    stock = build(1, "single")  # ManiSkill's own environment
+    theirs = roll(stock, SEEDS[2:3], actions[:, 2:3])
+    stock.close()
+    for name, value in one.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-4, rtol=0)
     clean = make("pick_cube", num_envs=4, backend="cpu")  # and no trace is left for others
     assert all(same(roll(clean, SEEDS, actions), reference).values())
     clean.close()

@@ -30,6 +30,10 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
         "the simulation goes on while the policy thinks for 200 ms, and the robot stands still meanwhile",
     ),
     (
+        "robopolicy eval checkpoint=pick_cube shift=suite n_episodes=50",
+        "clean and under every perturbation of docs/shifts.md, paired on the same seeds",
+    ),
+    (
         "robopolicy eval checkpoint=pick_cube policy.sampler.num_inference_steps=4 n_action_steps=4",
         "the same weights with fewer denoising steps, replanning more often",
     ),
