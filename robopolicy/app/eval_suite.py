@@ -41,9 +41,13 @@ def run_suite(cfg: DictConfig) -> dict[str, Any]:
     shifts, skipped = chosen(cfg.shifts, TaskSpec.from_dict(clean.info["task_spec"]))
     cells = []
     with _bar(len(shifts), console) as show:
-        for shift in shifts:
-            cells.append(describe(shift, clean, read_evaluation(_cell(cfg, shift))))
-            show(cells[-1])
+        try:
+            for shift in shifts:
+                cells.append(describe(shift, clean, read_evaluation(_cell(cfg, shift))))
+                show(cells[-1])
+        except KeyboardInterrupt:
+            console.print("Stopped; finished shifts are kept. The same command goes on from here.")
+            raise
     table = {
         **_head(cfg, clean),
         "cells": cells,
