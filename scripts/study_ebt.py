@@ -95,6 +95,7 @@ ARMS = {
             "DDIM-4": {"num_inference_steps": 4},
         },
     ),
+    "ebt_transformer": Arm(policy="ebt_transformer", samplers={"4 steps": {"max_steps": 4}}, calls_per_step=3.0),
     "flow": Arm(policy="flow", samplers={"-": {}}),
     "mse_bc": Arm(policy="mse_bc"),
 }

@@ -69,11 +69,12 @@ def failure_prediction(
     found: dict[str, dict[str, Any]] = {}
     for name in episodes[0].get("diagnostics") or {}:
         scores = [(row.get("diagnostics") or {}).get(name) for row in episodes]
-        if any(score is None or not np.isfinite(score) for score in scores):
+        known = [float(score) for score in scores if score is not None and np.isfinite(score)]
+        if len(known) < len(failed):
             continue
-        low, high = auroc_interval(scores, failed, resamples=resamples, seed=seed)
+        low, high = auroc_interval(known, failed, resamples=resamples, seed=seed)
         found[name] = {
-            "auroc": round(auroc(scores, failed), 4),
+            "auroc": round(auroc(known, failed), 4),
             "ci95": [round(low, 4), round(high, 4)],
             "n": len(failed),
             "n_failed": sum(failed),

@@ -103,11 +103,10 @@ class FrameEncoder(nn.Module):
         super().__init__()
         self.states = tuple(name for name, spec in observation.items() if not spec.is_image)
         self.images = tuple(name for name, spec in observation.items() if spec.is_image)
-        self.image_nets = nn.ModuleDict(
-            {name.replace(".", "_"): image(observation[name].shape) for name in self.images}
-        )
+        image_nets = {name.replace(".", "_"): image(observation[name].shape) for name in self.images}
+        self.image_nets = nn.ModuleDict(image_nets)
         size = sum(observation[name].shape[-1] for name in self.states)
-        size += sum(int(net.out_dim) for net in self.image_nets.values())  # type: ignore[arg-type]
+        size += sum(net.out_dim for net in image_nets.values())
         self.into = nn.Linear(size, width)
         self.position = nn.Parameter(0.02 * torch.randn(n_obs_steps, width))
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(2 * depth + 1))

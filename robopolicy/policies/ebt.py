@@ -15,7 +15,7 @@ keeps a valley per mode. The energy is told no noise level; it has to see it in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from robopolicy.errors import RobopolicyError, UnknownNameError
 from robopolicy.policies.base import Policy
 from robopolicy.rng import Rng, randint, randn
-from robopolicy.sampling.descent import CandidateDiagnostics, Descent, Diagnostics, StepRule
+from robopolicy.sampling.descent import CandidateDiagnostics, Descent, Diagnostics, Energy, StepRule
 from robopolicy.timing import ChunkTiming
 from robopolicy.types import Batch, Observation, TaskSpec, check_shape
 
@@ -212,7 +212,7 @@ class EnergyPolicy(Policy):
         objective, size = self.objective, len(clean)
         steps = objective.min_steps
         if objective.max_steps > steps:
-            source = generator if generator is None or isinstance(generator, torch.Generator) else generator[0]
+            source = generator[0] if isinstance(generator, Sequence) else generator
             steps += int(randint(objective.max_steps - steps + 1, 1, generator=source))
         x = self._corrupted(clean, generator) if objective.kind == "denoise" else _noise_like(clean, generator)
         alpha: Tensor | float = self._alpha()
@@ -395,7 +395,7 @@ class EnergyPolicy(Policy):
     def _alpha(self) -> Tensor | float:
         return self.rule.alpha if self.log_alpha is None else self.log_alpha.exp()
 
-    def _energy(self, context: Tensor) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+    def _energy(self, context: Tensor) -> Energy:
         """Return the energy given the observations' `context` [B, ...]."""
 
         def energy(x: Tensor, rows: Tensor | None, scale: Tensor | None) -> Tensor:
