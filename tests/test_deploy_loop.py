@@ -177,6 +177,21 @@ def test_gripper_commands_are_few_and_reach_the_observation() -> None:
     assert built.arrays["objects"][:, 0].tolist() == [0.0, 1.0] or built.arrays["objects"][-1, 0] == 1.0
 
 
+def test_the_lag_of_the_arm_is_found() -> None:
+    rig = Rig(joint_spec(), panda(servo_lag_s=0.03))
+    assert rig.loop.stats.following_turns() is None
+    slow: list[Floats] = [REST] * 8
+
+    def lag(index: int) -> None:
+        slow.append(rig.arm.sent[-1][1])
+        rig.arm.position = slow[-8]
+
+    for number in range(1, 6):
+        rig.plan(np.tile(REST + 0.1 * (-1) ** number, (10, 1)), number=number)
+        rig.turn(40, each=lag)
+    assert rig.loop.stats.following_turns() == 8
+
+
 def test_shadow_sends_nothing_and_compares() -> None:
     rig = Rig(joint_spec(), mode="shadow")
     rig.plan(np.tile(REST + 0.1, (10, 1)))

@@ -273,6 +273,8 @@ def _say_summary(summary: Mapping[str, Any], console: Console) -> None:
     counts = {**summary["filter_clamps"], **{f"rejected: {k}": v for k, v in summary["filter_rejections"].items()}}
     shown = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     console.print(f"filter: {summary['filter_passed']} commands; {shown or 'nothing clamped'}")
+    if summary["arm_lag_s"] is not None:
+        console.print(f"the arm follows what is sent after {1e3 * summary['arm_lag_s']:.0f} ms (see servo_lag_s)")
     if summary["shadow_rad"]:
         far = summary["shadow_rad"]
         console.print(f"shadow: proposed and executed differ by {far['median']:.3f} rad (p95 {far['p95']:.3f})")

@@ -29,6 +29,7 @@ from robopolicy.deploy.watchdog import Vitals
 
 STATUS_S = 0.2
 """Period of the heartbeat."""
+MOST_LAG_TURNS, MOVED_RAD = 50, 0.05
 KEPT_TURNS = 1 << 19
 """Of how many turns the lateness is kept: an hour and a half at 100 Hz."""
 
@@ -49,6 +50,8 @@ class LoopStats:
     """Goals that inverse kinematics did not reach; the arm kept its position."""
     boxed: int = 0
     """Goals that lay outside the workspace and were moved to its edge."""
+    followed: deque[tuple[Floats, Floats]] = field(default_factory=lambda: deque(maxlen=4096))
+    """What was sent and where the arm was, turn by turn."""
     shadow_rad: deque[float] = field(default_factory=lambda: deque(maxlen=65536))
     """Shadow mode: largest joint distance between what was proposed for a moment and where the arm was then."""
 
@@ -56,6 +59,17 @@ class LoopStats:
         """Return the lateness of the last few seconds' turns."""
         end = self.turns % KEPT_TURNS
         return self.late_s[max(0, end - 500) : end]
+
+    def following_turns(self) -> int | None:
+        """Return by how many turns the arm follows what is sent, from the last motion; None where nothing moved."""
+        if len(self.followed) < 2 * MOST_LAG_TURNS:
+            return None
+        sent, measured = (np.array(side) for side in zip(*self.followed, strict=True))
+        if np.ptp(sent, axis=0).max() < MOVED_RAD:
+            return None
+        count = len(sent) - MOST_LAG_TURNS
+        gaps = [np.abs(measured[d : d + count] - sent[:count]).mean() for d in range(MOST_LAG_TURNS)]
+        return int(np.argmin(gaps))
 
     def jitter_ms(self) -> dict[str, float]:
         """Return median, p99 and most lateness in ms."""
@@ -207,14 +221,7 @@ class ControlLoop:
                 opening = self._follow(slot, now_s, state)
                 self._shape(now_s, dt_s)
                 wanted, action = self._wanted.copy(), slot.action
-                out = self.safety.step(
-                    self._wanted,
-                    self._velocity,
-                    state.position,
-                    dt_s,
-                    target=self._target,
-                    ends_there=self._lag_s > 0.0,
-                )
+                out = self.safety.step(self._wanted, self._velocity, state.position, dt_s, target=self._target)
             else:
                 self.phase = "waiting" if self.phase == "waiting" else "holding"
                 self.stats.holds += self.phase == "holding"
@@ -224,6 +231,7 @@ class ControlLoop:
             if self._send and not self.safety.why_stop:
                 sent, sent_velocity = out.position.copy(), out.velocity.copy()
                 self._robot.send(sent, sent_velocity, opening)
+                self.stats.followed.append((sent, state.position))
         phase, age_s, index = self.phase, self.vitals.state_age_s, self.stats.turns
         measured = None if state is None else state.position
 

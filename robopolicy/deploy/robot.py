@@ -47,7 +47,7 @@ class Safety:
     """Most distance between the last sent and the measured position."""
     first_command_rad: float = 0.05
     """Most distance between the first command and the measured position."""
-    ramp_in_s: float = 0.5
+    ramp_in_s: float = 0.2
     """After arming, speed limits grow from a tenth to all over this time."""
     jump_rad: float = 0.5
     """A wanted position further than this from the last sent one is rejected, not clamped."""

@@ -261,6 +261,7 @@ class Session:
             "underruns": self.playlist.underruns,
             "holds": stats.holds,
             "seam_rad": _spread(stats.seams_rad),
+            "arm_lag_s": None if (turns := stats.following_turns()) is None else turns / self.file.command.rate_hz,
             "unreached_goals": stats.unreached,
             "goals_moved_into_workspace": stats.boxed,
             "filter_passed": self.loop.safety.counts.passed,
