@@ -1,4 +1,4 @@
-"""The arithmetic of the safety filter, compiled: joint by joint, without new memory. `limits.py` says what it is for."""
+"""The arithmetic of the safety filter, compiled: joint by joint, without new memory. See `limits.py`."""
 
 from __future__ import annotations
 
