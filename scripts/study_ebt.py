@@ -95,6 +95,16 @@ ARMS = {
             "DDIM-4": {"num_inference_steps": 4},
         },
     ),
+    "ebt_mse": Arm(  # the published objective alone, on the default's descent
+        policy="ebt",
+        overrides=(
+            "policy.objective.kind=mse_all_steps",
+            "policy.objective.min_steps=2",
+            "policy.objective.max_steps=2",
+        ),
+        samplers={f"{n} steps": {"max_steps": n} for n in (2, 4)},
+        calls_per_step=3.0,
+    ),
     "ebt_transformer": Arm(policy="ebt_transformer", samplers={"4 steps": {"max_steps": 4}}, calls_per_step=3.0),
     "flow": Arm(policy="flow", samplers={"-": {}}),
     "mse_bc": Arm(policy="mse_bc"),

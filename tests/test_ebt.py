@@ -240,6 +240,11 @@ def test_every_weight_learns_from_every_objective(network, kind):
     assert policy.num_skipped == 0
 
 
+def test_compiling_is_refused_in_words():
+    with pytest.raises(RobopolicyError, match=r"use train\.compile=false"):
+        policy_of().compile()
+
+
 def test_a_batch_that_is_not_finite_is_skipped_and_counted():
     policy = policy_of().train()
     batch = fake_batch(policy.spec, 3, 2, 8)
@@ -373,14 +378,16 @@ def test_a_warm_start_planner_drives_it():
         policy.refine(obs, chunk, warm_start=Descent())
 
 
-def test_an_unsure_row_is_planned_anew():
-    policy = policy_of(sampler=Descent(warm_steps=3))
+@pytest.mark.parametrize("signal", ["gradient_norm", "energy_drop"])
+def test_an_unsure_row_is_planned_anew(signal):
+    policy = policy_of(sampler=Descent(warm_steps=3), replan_signal=signal)
     obs = fake_observation(policy.spec, 4, 2, seeded(0)[0])
     guess = torch.zeros(4, 8, 4)
     warm, seen = policy.act_with_diagnostics(obs, guess=guess, generator=seeded(1)[0])
     fresh = policy.act(obs, generator=seeded(1)[0])
-    policy.replan_above = seen.energy_drop.sort().values[1].item()  # two rows are above
-    unsure = seen.energy_drop > policy.replan_above
+    signals = getattr(seen, signal)
+    policy.replan_above = signals.sort().values[1].item()  # two rows are above
+    unsure = signals > policy.replan_above
     mixed, again = policy.act_with_diagnostics(obs, guess=guess, generator=seeded(1)[0])
     assert unsure.sum() == 2
     torch.testing.assert_close(mixed, torch.where(unsure[:, None, None], fresh, warm))
@@ -435,6 +442,7 @@ def test_of_several_candidates_the_lowest_energy_acts():
         (lambda: Objective(num_negatives=1), "num_negatives must be at least 2"),
         (lambda: policy_of(num_candidates=0), "num_candidates must be at least 1"),
         (lambda: policy_of(num_candidates=4, objective=Objective(kind="mse_all_steps")), "picks by energy"),
+        (lambda: policy_of(replan_signal="energy"), "Unknown replan signal"),
         (lambda: policy_of(objective=Objective(kind="score")), "cannot learn their size: use fixed"),
         (lambda: EnergyMLP(4, 8, 6, readout="average"), "Unknown energy read-out"),
         (lambda: EnergyTransformer(4, 8, 6, patch=3), "patch must divide the horizon of 8"),

@@ -35,6 +35,7 @@ ObjectiveKind = Literal["mse_all_steps", "mse_last_step", "denoise", "score", "i
 Graph = Literal["per_step_detach", "momentum_path", "truncated_last", "full_bptt"]
 TrainNoise = Literal["none", "cosine"]
 Corruption = Literal["interpolate", "add"]
+ReplanSignal = Literal["gradient_norm", "energy_drop"]
 
 UNROLLED = ("mse_all_steps", "mse_last_step", "denoise")
 """Objectives that take energy steps; the others have no step size to learn."""
@@ -122,8 +123,9 @@ class EnergyPolicy(Policy):
         rule: how one energy step moves, in training and after.
         sampler: how many steps a chunk takes, and when a row stops.
         num_candidates: starts per observation; the chunk of lowest energy is returned, and how far they disagree.
-        replan_above: a row whose `energy_drop` after a descent from a guess is above this is planned anew from noise.
+        replan_above: a row whose `replan_signal` after a descent from a guess is above this is planned anew from noise.
             None: never. The scale is the network's own; evaluation/uncertainty.py finds a value.
+        replan_signal: `gradient_norm` or `energy_drop`, see Diagnostics.
         loss_on_padding: also fit the repeated actions that hang over an episode's ends.
 
     `act` needs gradients with respect to the chunk and enables them by itself, so that callers may be in `no_grad` or
@@ -144,6 +146,7 @@ class EnergyPolicy(Policy):
         sampler: Descent,
         num_candidates: int = 1,
         replan_above: float | None = None,
+        replan_signal: ReplanSignal = "gradient_norm",
         loss_on_padding: bool = True,
     ) -> None:
         super().__init__(spec, timing=timing)
@@ -154,6 +157,8 @@ class EnergyPolicy(Policy):
                 f"num_candidates={num_candidates} picks by energy, but {objective.kind} gives all starts one end: "
                 "use the objective denoise, score or infonce."
             )
+        if replan_signal not in get_args(ReplanSignal):
+            raise UnknownNameError("replan signal", replan_signal, get_args(ReplanSignal))
         if rule.step_size == "learned" and objective.kind not in UNROLLED:
             raise ValueError(f"{objective.kind} takes no energy steps, so it cannot learn their size: use fixed.")
         self.objective = objective
@@ -161,6 +166,7 @@ class EnergyPolicy(Policy):
         self.sampler = sampler
         self.num_candidates = num_candidates
         self.replan_above = replan_above
+        self.replan_signal: ReplanSignal = replan_signal
         self.loss_on_padding = loss_on_padding
         self.encoder = encoder(spec.observation, timing.n_obs_steps)
         self.network = network(spec.action.dim, timing.horizon, int(self.encoder.out_dim))  # type: ignore[arg-type]
@@ -183,6 +189,12 @@ class EnergyPolicy(Policy):
         if self.log_alpha is not None:
             groups.append({"params": [self.log_alpha], "lr": 3.0 * lr, "weight_decay": 0.0})
         return groups
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: torch compiles no second derivatives."""
+        raise RobopolicyError(
+            "An energy policy learns through second derivatives, which torch.compile lacks: use train.compile=false."
+        )
 
     def loss(self, batch: Batch, *, generator: Rng = None) -> Tensor:
         """Return the objective in network units; a batch whose loss is not finite is skipped and counted.
@@ -381,7 +393,10 @@ class EnergyPolicy(Policy):
         noise = self._noise(len(context), generator) / self.sampler.start_scale
         start = self.norm.encode("action", guess) + self.sampler.warm_noise * noise
         x, seen = self.sampler(self._energy(context), start, self.rule, self._alpha(), warm=True)
-        if self.replan_above is None or not bool((again := seen.energy_drop > self.replan_above).any()):
+        if self.replan_above is None:
+            return x, seen
+        again = vars(seen)[self.replan_signal] > self.replan_above
+        if not bool(again.any()):
             return x, seen
         fresh, anew = self.sampler(self._energy(context), self.sampler.start_scale * noise, self.rule, self._alpha())
         steps = {"num_steps": torch.where(again, seen.num_steps + anew.num_steps, seen.num_steps)}
