@@ -53,8 +53,9 @@ class SteppedRobot:
         """Take hold of the robot in the scene; tasks whose shapes vary build another one at every reset."""
         self._body: Any = self._base.agent.robot._objs[0]
         self._joints = list(self._body.get_active_joints())
-        for joint in self._joints[: self.arm_dof] if self._drives is not None else ():
-            joint.set_drive_properties(*self._drives, "force")
+        if self._drives is not None:
+            for joint in self._joints[: self.arm_dof]:
+                joint.set_drive_properties(*self._drives, "force")
 
     def reset(self, seed: int) -> None:
         """Start the episode of `seed`; the joints are told to stay where they begin."""

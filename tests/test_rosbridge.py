@@ -43,9 +43,9 @@ from hypothesis import strategies as st
 
 from robopolicy.deploy.remote import RemoteRobot
 from robopolicy.deploy.robot import RobotFile
-from robopolicy.deploy.rosbridge import BridgeThread, Socket
+from robopolicy.deploy.rosbridge import MOST_GOALS, Socket
 from robopolicy.deploy.sim_server import Quirks, RosbridgeServer
-from robopolicy.deploy.wire import BridgeError, Endpoint, decode, encode, payload
+from robopolicy.deploy.wire import BridgeError, BridgeThread, Endpoint, decode, encode, payload
 from robopolicy.errors import RobopolicyError
 
 TRAJECTORY_TOPIC = "/panda_arm_controller/joint_trajectory"
@@ -256,6 +256,22 @@ def test_services_say_why_they_fail() -> None:
         until(lambda: not socket.connected)
         with pytest.raises(BridgeError, match="cannot be called: "):
             socket.call("/no", {}, timeout_s=0.1)
+
+
+def test_goals_that_nobody_answers_are_not_waited_for_without_end() -> None:
+    with stand_in() as server, socket_to(server) as socket:
+        keys = [socket.send_goal("/nobody", "a/B", {}) for _ in range(3 * MOST_GOALS)]
+        assert list(socket.goals) == keys[-MOST_GOALS:]
+
+
+def test_a_goal_ends_with_its_status_whatever_its_result_says() -> None:
+    with stand_in() as server, socket_to(server) as socket:
+        ended: list[tuple[Any, Any]] = []
+        server.offer_action("/aborts", "a/B", lambda handle: handle.finish(6, {"error_code": -4}))
+        note = lambda op, arrival_s: ended.append((op["status"], op["values"]["error_code"]))  # noqa: E731
+        socket.send_goal("/aborts", "a/B", {}, note)
+        until(lambda: ended)
+        assert (ended, socket.goals) == ([(6, -4)], {})
 
 
 def test_pictures_come_by_cbor_and_json_alike() -> None:

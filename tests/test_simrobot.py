@@ -391,6 +391,39 @@ def test_a_client_that_goes_stops_the_arm_and_silence_does_too() -> None:
         assert len(robot.arm.accepted) > count
 
 
+@pytest.mark.parametrize("by", ["topic", "service"])
+def test_an_e_stop_from_ros_stops_the_arm_though_nobody_listens(by: str) -> None:
+    with arm_behind_a_bridge() as robot, client_of(robot) as client:
+        client.rearm()
+        began_s = time.monotonic()
+        if by == "service":
+            assert robot.server.call_client("/robopolicy/stop", {})["success"]
+        else:
+            robot.server.publish("/robopolicy/estop", messages.BOOL, {"data": True})
+        until(lambda: len(robot.arm.accepted) > 0)
+        assert robot.arm.accepted[0].arrival_s - began_s < 0.3
+        assert not client.armed
+
+
+def test_a_robot_that_shows_no_spelling_is_not_commanded_and_that_is_said() -> None:
+    with arm_behind_a_bridge() as robot:
+        robot.server.publish = lambda topic, kind, message, real=robot.server.publish, **settings: real(
+            topic, kind, {key: value for key, value in message.items() if key != "header"}, **settings
+        )
+        client = RemoteRobot(robot.robot, url=robot.server.url)
+        client.connect(0.5)
+        try:
+            assert client.state().stamp_s is None
+            client.rearm()
+            assert not client.armed
+            assert "set bridge.dialect" in client.reports()[-1].problem
+        finally:
+            client.close()
+        with client_of(robot, dialect="ros2") as client:
+            client.rearm()
+            assert client.armed
+
+
 def test_without_commands_nothing_is_advertised_or_published() -> None:
     with arm_behind_a_bridge() as robot, client_of(robot, commands=False) as client:
         client.rearm()

@@ -28,9 +28,9 @@ from .commands import GRIPPER_GOAL, Goal, Publish, build_interface, gripper_goal
 from .contract import Floats, LinkStatus, RobotState, Sample, StreamReport
 from .messages import Dialect, Message, MessageError
 from .robot import RobotFile
-from .rosbridge import BridgeThread, Socket
+from .rosbridge import Socket
 from .state import ClockOffset, JointTable, StreamTable
-from .wire import BridgeError, Endpoint
+from .wire import BridgeError, BridgeThread, Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ class RemoteRobot:
         self._lock = threading.Lock()
         self._on_stop: Callable[[str], None] | None = None
         self._topics: dict[str, str] = {}
-        self._commands_sent, self._last_command_s = 0, -math.inf
-        self._quiet_since_s = time.monotonic()
+        self._commands_sent = 0
+        self._quiet_since_s = self._resubscribed_s = time.monotonic()
         self._advertised = False
 
     # ---- connecting --------------------------------------------------------------------------------------------------
@@ -119,7 +119,10 @@ class RemoteRobot:
                     "`robopolicy simrobot`), or set bridge.url."
                 )
             time.sleep(0.01)
-        self._ask_topics()
+        try:
+            self._know_topics(self._sockets["service"].call("/rosapi/topics", {}, timeout_s=1.0))
+        except BridgeError:
+            log.info("no rosapi: the bridge's topics are not known")
         while self.state() is None and time.monotonic() < until_s:
             time.sleep(0.01)
         if self._dialect is not None:
@@ -170,14 +173,17 @@ class RemoteRobot:
         return table.update
 
     def _estop_topic(self, message: Message, arrival_s: float) -> None:
-        if message.get("data") is True and self._on_stop is not None:
-            self._on_stop(f"stop asked for on {self.robot.stop.topic}")
+        if message.get("data") is True:
+            self._asked_to_stop(f"stop asked for on {self.robot.stop.topic}")
 
     def _estop_service(self, args: Any) -> tuple[bool, Message]:
-        if self._on_stop is None:
-            return True, {"success": False, "message": "nothing runs"}
-        self._on_stop(f"stop asked for by service {self.robot.stop.service}")
+        self._asked_to_stop(f"stop asked for by service {self.robot.stop.service}")
         return True, {"success": True, "message": "stopped"}
+
+    def _asked_to_stop(self, reason: str) -> None:
+        self.stop(reason)  # whatever becomes of the rest
+        if self._on_stop is not None:
+            self._on_stop(reason)
 
     def _probed(self, values: Any, sent_s: float, received_s: float) -> None:
         """Learn the robot's clock from rosapi's."""
@@ -204,8 +210,10 @@ class RemoteRobot:
         if state.connected and quiet_s > RECONNECT_S:
             self._quiet_since_s = now_s
             state.reset("no joint states come")
-        elif state.connected and quiet_s > RESUBSCRIBE_S and quiet_s % RESUBSCRIBE_S < WATCH_S:
-            for topic in self.robot.joint_states.topics:
+        elif state.connected and now_s - self._resubscribed_s > RESUBSCRIBE_S:
+            self._resubscribed_s = now_s
+            mute = [table.stream.topic for table in self._streams.values() if table.messages == 0]
+            for topic in (*mute, *(self.robot.joint_states.topics if quiet_s > RESUBSCRIBE_S else ())):
                 state.resubscribe(topic)
         self._thread.loop.call_later(WATCH_S, self._watch)
 
@@ -243,8 +251,9 @@ class RemoteRobot:
         log.info("stop: %s", reason)
         state, fresh = self.state(), self.data_age_s() < self.robot.watchdogs.state_age_s
         service = self._sockets["service"]
-        for key in service.goals:
-            service.cancel_goal(self.robot.command.topic, key)
+        for key, action in service.goals.items():
+            if action == self.robot.command.topic:  # not the gripper's: what it holds should not fall
+                service.cancel_goal(action, key)
         if self._dialect is None:
             return
         position = state.position if state is not None and fresh else None
@@ -264,7 +273,8 @@ class RemoteRobot:
             for socket in self._sockets.values():
                 socket.discard()
             fresh = self.data_age_s() < self.robot.watchdogs.state_age_s
-            self._armed = self._commands and fresh and all(s.connected for s in self._sockets.values())
+            able = self._commands and self._dialect is not None and bool(self._sockets)
+            self._armed = able and fresh and all(s.connected for s in self._sockets.values())
 
     def link(self) -> LinkStatus:
         sockets = self._sockets.values()
@@ -278,22 +288,12 @@ class RemoteRobot:
         )
 
     def reports(self) -> Sequence[StreamReport]:
-        self._ask_topics()
+        service = self._sockets.get("service")
+        if service is not None and service.connected:
+            service.ask("/rosapi/topics", {}, self._know_topics)  # for the next time
         rows = [self._joints.report(self._topics)]
         rows += [table.report(self._topics) for table in self._streams.values()]
-        command = self.robot.command
-        expected = next(iter(self._interface.topics(self._dialect or "ros2").values()))
-        return [
-            *rows,
-            StreamReport(
-                name="command",
-                topic=command.topic,
-                expected_type=expected,
-                seen_type=self._topics.get(command.topic),
-                messages=self._commands_sent,
-                problem="" if not self._topics or command.topic in self._topics else self._nobody(command.topic),
-            ),
-        ]
+        return [*rows, self._command_report()]
 
     def call(self, service: str, request: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any]:
         try:
@@ -351,7 +351,7 @@ class RemoteRobot:
         else:
             self._sockets[name].publish(order.topic, order.message)
         if name == "command":
-            self._commands_sent, self._last_command_s = self._commands_sent + 1, time.monotonic()
+            self._commands_sent += 1
 
     def _publish_all(self, socket: Socket, orders: Sequence[Publish]) -> None:
         for order in orders:
@@ -369,16 +369,24 @@ class RemoteRobot:
             self._sockets["stop"].reset("the joint states are old")
 
     # ---- rosapi ------------------------------------------------------------------------------------------------------
-    def _ask_topics(self) -> None:
-        """Ask what topics there are; without rosapi the answer stays empty."""
-        try:
-            found = self._sockets["service"].call("/rosapi/topics", {}, timeout_s=1.0)
-        except (BridgeError, KeyError):
-            return
-        names, types = found.get("topics"), found.get("types")
+    def _know_topics(self, answer: Mapping[str, Any]) -> None:
+        names, types = answer.get("topics"), answer.get("types")
         if isinstance(names, list) and isinstance(types, list):
             self._topics = {str(n): messages.short_type(str(t)) for n, t in zip(names, types, strict=False)}
 
-    def _nobody(self, topic: str) -> str:
-        near = ", ".join(sorted(name for name in self._topics if "traject" in name or "command" in name)) or "none"
-        return f"nobody knows {topic}; topics that look like commands: {near}"
+    def _command_report(self) -> StreamReport:
+        command, problem = self.robot.command, ""
+        expected = next(iter(self._interface.topics(self._dialect or "ros2").values()))
+        if self._joints.newest is not None and self._dialect is None:
+            problem = "the joint states have no header that shows ROS 1 or ROS 2; set bridge.dialect"
+        elif command.interface != "follow_joint_trajectory" and self._topics and command.topic not in self._topics:
+            near = sorted(name for name in self._topics if "traject" in name or "command" in name)
+            problem = f"nobody knows {command.topic}; topics that look like commands: {', '.join(near) or 'none'}"
+        return StreamReport(
+            name="command",
+            topic=command.topic,
+            expected_type=expected,
+            seen_type=self._topics.get(command.topic),
+            messages=self._commands_sent,
+            problem=problem,
+        )

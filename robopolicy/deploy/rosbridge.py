@@ -14,24 +14,22 @@ serves all sockets; a socket reconnects by itself (back-off 0.2 s doubling to 2 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import itertools
 import logging
 import math
 import socket
 import struct
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
-from .wire import BridgeError, Endpoint, Message, decode, encode, explain
+from .wire import BridgeError, BridgeThread, Endpoint, Message, decode, encode, explain
 
 log = logging.getLogger(__name__)
 
@@ -42,57 +40,8 @@ FIRST_BACKOFF_S, MOST_BACKOFF_S = 0.2, 2.0
 STALE_COMMAND_S = 0.1
 """A message that could not leave for this long never leaves."""
 PROBE_EVERY_S, PROBE_TIMEOUT_S = 1.0, 2.0
-
-
-class BridgeThread:
-    """An asyncio loop in a thread of its own."""
-
-    def __init__(self, name: str = "rosbridge") -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
-        self._thread.start()
-
-    @property
-    def here(self) -> bool:
-        """Whether the caller runs in this thread."""
-        return threading.current_thread() is self._thread
-
-    def soon(self, act: Callable[..., Any], *args: Any) -> None:
-        """Call `act(*args)` in the thread; nothing happens after `stop`."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(act, *args)
-
-    def run(self, work: Coroutine[Any, Any, Any], *, timeout_s: float) -> Any:
-        """Wait for `work`, from another thread.
-
-        Raises:
-            TimeoutError: it took longer.
-        """
-        assert not self.here
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
-        try:
-            return future.result(timeout_s)
-        except concurrent.futures.TimeoutError:
-            future.cancel()
-            raise TimeoutError from None
-
-    def stop(self) -> None:
-        """End the thread; what still runs in it is cancelled."""
-
-        async def cancel() -> None:
-            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-        if self.loop.is_closed():
-            return
-        with contextlib.suppress(TimeoutError):
-            self.run(cancel(), timeout_s=2.0)
-        self.soon(self.loop.stop)
-        self._thread.join(2.0)
-        if not self._thread.is_alive():
-            self.loop.close()
+MOST_GOALS = 64
+"""Goals whose end is waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +102,7 @@ class Socket:
         self._slots: dict[str, _Waiting] = {}
         self._orders: deque[bytes] = deque()
         self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
-        self._goals: dict[str, OnMessage] = {}
+        self._goals: dict[str, tuple[str, OnMessage]] = {}
         self._ids = itertools.count()
         self._closing, self._why_reset = False, ""
         self._work = asyncio.Event()
@@ -230,6 +179,19 @@ class Socket:
             raise BridgeError(f"Service {service} failed: {values or 'no reason given'}")
         return values or {}
 
+    def ask(self, service: str, args: Message, on_values: Callable[[dict[str, Any]], None]) -> None:
+        """Call a service without waiting; `on_values` is called in the bridge's thread if it succeeds."""
+        key = self._new_id(service)
+        frame = encode({"op": "call_service", "id": key, "service": service, "args": args})
+
+        async def wait() -> None:
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                answer = await asyncio.wait_for(self._asked(key, frame), PROBE_TIMEOUT_S)
+                if answer.get("result") is not False and isinstance(values := answer.get("values"), dict):
+                    on_values(values)
+
+        self._thread.soon(lambda: self._thread.loop.create_task(wait()))
+
     def send_goal(self, action: str, type_name: str, goal: Message, on_result: OnMessage | None = None) -> str:
         """Send an action goal (ROS 2) and return its id. Dropped without a connection; never sent later.
 
@@ -239,7 +201,9 @@ class Socket:
         op = {"op": "send_action_goal", "id": key, "action": action, "action_type": type_name, "args": goal}
         frame = encode(op | {"feedback": False})
         if self.connected:
-            self._goals[key] = on_result or (lambda message, arrival_s: None)
+            self._goals[key] = (action, on_result or (lambda message, arrival_s: None))
+            while len(self._goals) > MOST_GOALS:  # a server that nobody answers for never says that they ended
+                self._goals.pop(next(iter(self._goals)))
             self._orders.append(frame)
             self._thread.soon(self._work.set)
         return key
@@ -248,9 +212,9 @@ class Socket:
         self._order({"op": "cancel_action_goal", "id": key, "action": action})
 
     @property
-    def goals(self) -> tuple[str, ...]:
-        """Ids of the goals that run."""
-        return tuple(self._goals)
+    def goals(self) -> dict[str, str]:
+        """Goals that run, or may: id to action."""
+        return {key: action for key, (action, _) in list(self._goals.items())}
 
     # ---- the connection ---------------------------------------------------------------------------------------------
     @property
@@ -341,7 +305,9 @@ class Socket:
                     delay_s = FIRST_BACKOFF_S
                     await self._serve(ws)
                     self.problem = f"the bridge at {point} closed the connection"
-            except (OSError, TimeoutError, WebSocketException, ValueError) as error:
+            except Exception as error:  # a client that no longer tries to connect would be as bad as a frozen one
+                if not isinstance(error, OSError | TimeoutError | WebSocketException | ValueError):
+                    log.exception("%s: unexpected", self.name)
                 self.problem = self._why_reset or explain(error, point)
                 self._why_reset = ""
             if not self._closing:
@@ -352,13 +318,13 @@ class Socket:
         """Use the connection until it ends."""
         self.discard()
         self._orders.clear()
-        self._work.clear()
+        self._ws, self.problem, self.generation = ws, "", self.generation + 1
+        # From here on other threads order what they want by themselves; what they wanted before is ordered now.
         wanted = [*self._advertised.values(), *(op for op, _ in self._subscribed.values())]
         for service, (type_name, _) in self._services.items():
             wanted.append({"op": "advertise_service", "service": service, "type": type_name})
-        for op in wanted:
-            await ws.send(encode(op), text=True)
-        self._ws, self.problem, self.generation = ws, "", self.generation + 1
+        self._orders.extend(encode(op) for op in wanted)
+        self._work.set()
         self._on_up()
         tasks = [asyncio.create_task(work) for work in (self._write(ws), self._ask_now_and_then())]
         try:
@@ -445,8 +411,8 @@ class Socket:
             if (future := self._calls.get(key)) is not None and not future.done():  # type: ignore[arg-type]
                 future.set_result(op)
         elif kind == "action_result":
-            if (done := self._goals.pop(key, None)) is not None:  # type: ignore[arg-type]
-                done(op, arrival_s)
+            if (goal := self._goals.pop(key, None)) is not None:  # type: ignore[arg-type]
+                goal[1](op, arrival_s)
         elif kind == "call_service" and (service := self._services.get(op["service"])) is not None:
             result, values = service[1](op.get("args"))
             answer = {"op": "service_response", "service": op["service"], "result": result, "values": values}

@@ -27,8 +27,8 @@ from robopolicy.errors import RobopolicyError
 
 from .faults import Faults
 from .messages import Dialect, Message, short_type, time_fields
-from .rosbridge import BridgeThread
 from .sim_connection import ClientConnection, GoalHandle, plain, tagged
+from .wire import BridgeThread
 
 SUCCEEDED, CANCELED, ABORTED = 4, 5, 6
 """Of action_msgs/GoalStatus."""

@@ -1,15 +1,19 @@
-"""What goes over the wire of a rosbridge v2 server, and where that is. Part of `rosbridge.py`; holds no connection."""
+"""What `rosbridge.py` builds on: frames of the rosbridge v2 protocol, the address of a server, a thread for sockets."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import concurrent.futures
+import contextlib
 import json
 import logging
 import math
 import socket
 import ssl
+import threading
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +150,57 @@ def payload(value: Any) -> bytes:
     if isinstance(value, list):
         return bytes(value)
     raise ValueError(f"no byte array: {type(value).__name__}")
+
+
+class BridgeThread:
+    """An asyncio loop in a thread of its own."""
+
+    def __init__(self, name: str = "rosbridge") -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def here(self) -> bool:
+        """Whether the caller runs in this thread."""
+        return threading.current_thread() is self._thread
+
+    def soon(self, act: Callable[..., Any], *args: Any) -> None:
+        """Call `act(*args)` in the thread; nothing happens after `stop`."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(act, *args)
+
+    def run(self, work: Coroutine[Any, Any, Any], *, timeout_s: float) -> Any:
+        """Wait for `work`, from another thread.
+
+        Raises:
+            TimeoutError: it took longer.
+        """
+        assert not self.here
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise TimeoutError from None
+
+    def stop(self) -> None:
+        """End the thread; what still runs in it is cancelled."""
+
+        async def cancel() -> None:
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        if self.loop.is_closed():
+            return
+        with contextlib.suppress(TimeoutError):
+            self.run(cancel(), timeout_s=2.0)
+        self.soon(self.loop.stop)
+        self._thread.join(2.0)
+        if not self._thread.is_alive():
+            self.loop.close()
 
 
 def explain(error: Exception, point: Endpoint) -> str:
