@@ -28,7 +28,8 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-from robopolicy.policies.ebt import EnergyPolicy, Objective
+from robopolicy.policies.ebt import EnergyPolicy
+from robopolicy.sampling.objective import Objective
 from robopolicy.types import ActionSpec, Batch, ModalitySpec, Observation, TaskSpec
 
 WIDTHS = {"proprio": 25, "objects": 14, "goal": 3}

@@ -14,10 +14,11 @@ from robopolicy.nn.encoder import ObservationEncoder
 from robopolicy.nn.energy import EnergyMLP, EnergyTransformer
 from robopolicy.nn.frames import FrameEncoder, FrameEnergyTransformer
 from robopolicy.nn.mlp import ChunkMLP
-from robopolicy.policies.ebt import EnergyPolicy, Objective
+from robopolicy.policies.ebt import EnergyPolicy
 from robopolicy.policies.regression import RegressionPolicy
 from robopolicy.policies.warm_start import WarmStartPlanner
 from robopolicy.sampling.descent import Descent, StepRule
+from robopolicy.sampling.objective import Objective
 from robopolicy.timing import ChunkTiming
 from robopolicy.training.optim import load_optimizer_tensors, make_optimizer, make_scheduler, optimizer_tensors
 from robopolicy.types import Batch, Observation

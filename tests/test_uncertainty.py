@@ -12,8 +12,9 @@ from robopolicy.errors import RobopolicyError
 from robopolicy.evaluation.landscape import plane, save_landscape
 from robopolicy.evaluation.uncertainty import auroc, auroc_interval, failure_prediction, replan_threshold
 from robopolicy.nn.encoder import ObservationEncoder
-from robopolicy.policies.ebt import EnergyPolicy, Objective
+from robopolicy.policies.ebt import EnergyPolicy
 from robopolicy.sampling.descent import Descent, StepRule
+from robopolicy.sampling.objective import Objective
 from robopolicy.timing import ChunkTiming
 
 
