@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
+    from robopolicy.deploy.contract import StreamReport
     from robopolicy.deploy.remote import RemoteRobot
     from robopolicy.deploy.robot import RobotFile
     from robopolicy.policies.planners import Planner
@@ -157,8 +158,8 @@ def _bridge(cfg: DictConfig, file: RobotFile, loaded: LoadedPolicy, console: Con
             dialect=None if cfg.bridge.dialect == "auto" else cfg.bridge.dialect,
             commands=cfg.mode in ("step", "live"),
         )
+        robot.connect(cfg.bridge.timeout_s)  # closes by itself what it opened if it fails
         stack.callback(robot.close)
-        robot.connect(cfg.bridge.timeout_s)
         yield robot
 
 
@@ -182,6 +183,18 @@ def _planner(cfg: DictConfig, loaded: LoadedPolicy) -> Planner:
 
         policy = build_engine(policy, cfg.engine)
     return build_planner(cfg.planner, policy, 1, loaded.path)
+
+
+def _too_slow(report: StreamReport, file: RobotFile) -> str:
+    """Say in words that a topic comes at less than half the rate that the robot file expects; empty if it does not."""
+    stream = file.streams.get(report.name)
+    expected = file.joint_states.rate_hz if report.name == "joints" else 0.0 if stream is None else stream.rate_hz
+    if report.rate_hz is None or report.rate_hz >= 0.5 * expected:
+        return ""
+    return (
+        f"{report.topic} comes at {report.rate_hz:.1f} Hz, the robot file expects {expected:g}: raise the publisher's "
+        "rate, or lower rate_hz if the policy can live with it"
+    )
 
 
 def _replay(cfg: DictConfig, loaded: LoadedPolicy, console: Console) -> dict[str, Any]:
@@ -215,9 +228,10 @@ def _check(cfg: DictConfig, file: RobotFile, robot: RemoteRobot, console: Consol
     for report in reports:
         rate = "" if report.rate_hz is None else f"{report.rate_hz:.0f}"
         age = "" if report.age_s is None else f"{1e3 * report.age_s:.0f} ms"
-        table.add_row(report.name, report.topic, report.seen_type or report.expected_type, rate, age, report.problem)
-        if report.problem:
-            problems.append(f"{report.name}: {report.problem}")
+        problem = report.problem or _too_slow(report, file)
+        table.add_row(report.name, report.topic, report.seen_type or report.expected_type, rate, age, problem)
+        if problem:
+            problems.append(f"{report.name}: {problem}")
     console.print(table)
     state = robot.state()
     if state is not None:
