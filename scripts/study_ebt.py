@@ -32,7 +32,7 @@ from robopolicy.atomic import write_file
 from robopolicy.data import batches, load_demonstrations
 from robopolicy.envs.shifts import apply, parse_shift
 from robopolicy.evaluation.rollout import evaluate
-from robopolicy.evaluation.statistics import wilson_interval
+from robopolicy.evaluation.statistics import paired_difference_interval, wilson_interval
 from robopolicy.evaluation.uncertainty import failure_prediction
 from robopolicy.policies.actors import ChunkActor
 from robopolicy.policies.base import Policy
@@ -343,19 +343,37 @@ def table(shift: str = "clean") -> str:
         lines += [
             f"**{task}** ({mine[0]['n_episodes']} episodes per seed, training seeds {', '.join(map(str, seeds))})",
             "",
-            "| arm | sampler | success | 95 % | at end | goals left / right | updates | forward-equivalents | ms |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| arm | sampler | success | 95 % | at end | goals left / right | less DDPM-100, points "
+            "| less MSE-BC, points | updates | forward-equivalents | ms |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name, arm in ARMS.items():
             for label in arm.samplers:
                 same = [row for row in mine if (row["arm"], row["sampler"]) == (name, label)]
                 if same:
-                    lines.append(_line(name, label, same, times.get(f"{name} {label}")))
+                    against = [
+                        _difference(same, mine, *other) for other in (("diffusion", "DDPM-100"), ("mse_bc", "-"))
+                    ]
+                    lines.append(_line(name, label, same, against, times.get(f"{name} {label}")))
         lines.append("")
     return "\n".join(lines)
 
 
-def _line(name: str, label: str, same: Sequence[Mapping[str, Any]], ms: float | None) -> str:
+def _difference(same: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], arm: str, sampler: str) -> str:
+    """Return the paired difference of success to another arm's rows of the same training seeds, with its interval."""
+    counts = [0, 0, 0, 0]
+    for row in same:
+        other = [r for r in rows if (r["arm"], r["sampler"], r["seed"]) == (arm, sampler, row["seed"])]
+        if not other or other[0] is row:
+            return "-"
+        mine, theirs = set(row["failed_seeds"]), set(other[0]["failed_seeds"])
+        found = (len(theirs - mine), len(mine - theirs), len(mine & theirs))  # only mine, only theirs, neither
+        counts = [a + b for a, b in zip(counts, (row["n_episodes"] - sum(found), *found), strict=True)]
+    low, high = paired_difference_interval(*counts)
+    return f"{100 * (counts[1] - counts[2]) / sum(counts):+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
+
+
+def _line(name: str, label: str, same: Sequence[Mapping[str, Any]], against: Sequence[str], ms: float | None) -> str:
     n = sum(row["n_episodes"] for row in same)
     hits = round(sum(row["success_once"] * row["n_episodes"] for row in same))
     low, high = wilson_interval(hits, n)
@@ -367,7 +385,7 @@ def _line(name: str, label: str, same: Sequence[Mapping[str, Any]], ms: float | 
     calls = statistics.fmean(row["forward_equivalents"] for row in same)
     return (
         f"| {name} | {label} | {hits / n:.1%} | {low:.0%}-{high:.0%} | {at_end:.1%} | {goals} | "
-        f"{same[0]['num_steps']} | {calls:.3g} | {'-' if ms is None else f'{ms:.2f}'} |"
+        f"{against[0]} | {against[1]} | {same[0]['num_steps']} | {calls:.3g} | {'-' if ms is None else f'{ms:.2f}'} |"
     )
 
 
