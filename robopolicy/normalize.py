@@ -33,6 +33,8 @@ class Normalizer(nn.Module):
         if not 0.0 < discrete_scale <= 1.0:
             raise RobopolicyError(f"discrete_scale must be in (0, 1]; got {discrete_scale}.")
         self.discrete_scale = discrete_scale
+        self.is_fixed = False
+        """Whether `fit` is refused: something was trained on these statistics that is not trained any more."""
         self._discrete = torch.tensor(spec.action.discrete)
         self.sizes = {n: m.shape[-1] for n, m in spec.observation.items() if not m.is_image}
         self.sizes["action"] = spec.action.dim
@@ -45,8 +47,14 @@ class Normalizer(nn.Module):
         """Set scale and offset from the data's `limits`.
 
         Raises:
-            RobopolicyError: a modality is missing, has another width, or holds values that are not finite.
+            RobopolicyError: a modality is missing, has another width, or holds values that are not finite; or the
+                statistics are fixed.
         """
+        if self.is_fixed:
+            raise RobopolicyError(
+                "The normaliser is fixed: an earlier stage of this policy was trained with it and is frozen; other "
+                "statistics would move it without a word."
+            )
         for name, size in self.sizes.items():
             if name not in limits:
                 raise RobopolicyError(f"Normaliser needs the limits of {name!r}; got only {', '.join(sorted(limits))}.")

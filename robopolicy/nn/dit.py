@@ -11,15 +11,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from robopolicy.nn.layers import ChunkNetwork, SinusoidalEmbedding, modulated_norm, zero_
+from robopolicy.nn.layers import After, BlockNetwork, SinusoidalEmbedding, modulated_norm, zero_
 
 
-class ChunkDiT(ChunkNetwork):
+class ChunkDiT(BlockNetwork):
     """Denoiser in which every action of the chunk attends to every other.
 
     Raises:
         ValueError: `width` is no multiple of `num_heads`.
     """
+
+    HEAD = ("modulation", "out")
 
     def __init__(
         self,
@@ -50,13 +52,23 @@ class ChunkDiT(ChunkNetwork):
         layers = [block.get_submodule("modulation") for block in self.blocks]
         return tuple(layer(c) for layer in (*layers, self.modulation))
 
-    def denoise(self, x: Tensor, *condition: Tensor) -> Tensor:
-        """x [B, H, A] and what `condition` returned -> [B, H, A]."""
+    def trunk(self, x: Tensor, *condition: Tensor, after: After | None = None) -> Tensor:
+        """x [B, H, A] and what `condition` returned -> the tokens after the last block [B, H, W]."""
         h = self.into(x) + self.position
         for block, modulation in zip(self.blocks, condition[:-1], strict=True):
             h = block(h, modulation)
+            if after is not None:
+                h = after(h)
+        return h
+
+    def head(self, h: Tensor, *condition: Tensor) -> Tensor:
+        """The tokens after the last block [B, H, W] -> [B, H, A]."""
         scale, shift = rearrange(condition[-1], "b (two w) -> two b 1 w", two=2)
         return self.out(modulated_norm(h, 1 + scale, shift))
+
+    def injections(self) -> list[nn.Module]:
+        width = self.into.out_features
+        return [zero_(nn.Linear(width, width)) for _ in self.blocks]
 
 
 class _Block(nn.Module):

@@ -6,6 +6,7 @@ import abc
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,12 @@ NUM_TABLE_LEVELS = 1000
 
 MOST_ROWS_AHEAD = 512
 """Rows (levels times batch) that are worked out ahead at once: beyond this one product gains nothing more."""
+
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv1d)
+
+After = Callable[[Tensor], Tensor]
+"""The stream after a block -> the stream to go on with, of the same shape."""
 
 
 class ChunkNetwork(nn.Module, abc.ABC):
@@ -45,6 +52,33 @@ class ChunkNetwork(nn.Module, abc.ABC):
             together = self.condition(level, repeat(cond, "b d -> (k b) d", k=len(some)))
             for parts in zip(*(part.split(batch) for part in together), strict=True):
                 yield functools.partial(_apply, self.denoise, parts)
+
+
+class BlockNetwork(ChunkNetwork):
+    """A denoiser in blocks around one stream of activations, which another network may add to after every block."""
+
+    HEAD: ClassVar[tuple[str, ...]] = ("out",)
+    """Names of the modules that only `head` uses."""
+
+    @abc.abstractmethod
+    def trunk(self, x: Tensor, *condition: Tensor, after: After | None = None) -> Tensor:
+        """x [B, H, A] and what `condition` returned -> the stream after the last block.
+
+        Args:
+            after: called with the stream after every block, in order; its result goes on instead.
+        """
+
+    @abc.abstractmethod
+    def head(self, h: Tensor, *condition: Tensor) -> Tensor:
+        """The stream after the last block -> [B, H, A]."""
+
+    @abc.abstractmethod
+    def injections(self) -> list[nn.Module]:
+        """Return a new layer per block, from this stream to one of the same shape, that outputs zeros at first."""
+
+    def denoise(self, x: Tensor, *condition: Tensor) -> Tensor:
+        """x [B, H, A] and what `condition` returned -> [B, H, A]."""
+        return self.head(self.trunk(x, *condition), *condition)
 
 
 def ahead(
@@ -96,9 +130,10 @@ class SinusoidalEmbedding(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def zero_(layer: nn.Linear) -> nn.Linear:
+def zero_(layer: Layer) -> Layer:
     """Set `layer` to output zeros at first, so that a residual branch starts as the identity; return it."""
     nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
 

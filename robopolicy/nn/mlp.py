@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from robopolicy.nn.layers import ChunkNetwork, SinusoidalEmbedding, modulated_norm, zero_
+from robopolicy.nn.layers import After, BlockNetwork, SinusoidalEmbedding, modulated_norm, zero_
 
 
-class ChunkMLP(ChunkNetwork):
+class ChunkMLP(BlockNetwork):
     """Denoiser whose residual blocks see the whole chunk; level and observation scale and shift each block (FiLM).
 
     Each block adds `width -> width -> width`; its last layer starts at zero. The observation also enters beside the
@@ -51,8 +51,8 @@ class ChunkMLP(ChunkNetwork):
         entry = F.linear(cond, self.into.weight[:, -cond.shape[-1] :], self.into.bias)
         return entry, *(1 + scale).chunk(parts, dim=-1), *shift.chunk(parts, dim=-1)
 
-    def denoise(self, x: Tensor, *condition: Tensor) -> Tensor:
-        """x [B, H, A] and what `condition` returned -> [B, H, A]."""
+    def trunk(self, x: Tensor, *condition: Tensor, after: After | None = None) -> Tensor:
+        """x [B, H, A] and what `condition` returned -> the stream after the last block [B, W]."""
         entry, *film = condition
         gains, shifts = film[: len(film) // 2], film[len(film) // 2 :]
         flat = rearrange(x, "b h a -> b (h a)")
@@ -62,5 +62,16 @@ class ChunkMLP(ChunkNetwork):
             if self.dropout:
                 hidden = F.dropout(hidden, self.dropout, self.training)
             h = h + second(hidden)
-        out = self.out(modulated_norm(h, gains[-1], shifts[-1]))
+            if after is not None:
+                h = after(h)
+        return h
+
+    def head(self, h: Tensor, *condition: Tensor) -> Tensor:
+        """The stream after the last block [B, W] -> [B, H, A]."""
+        _, *film = condition
+        out = self.out(modulated_norm(h, film[len(film) // 2 - 1], film[-1]))
         return rearrange(out, "b (h a) -> b h a", h=self.horizon)
+
+    def injections(self) -> list[nn.Module]:
+        width = self.into.out_features
+        return [zero_(nn.Linear(width, width)) for _ in self.first]

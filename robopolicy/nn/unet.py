@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from robopolicy.nn.layers import ChunkNetwork, SinusoidalEmbedding
+from robopolicy.nn.layers import After, BlockNetwork, SinusoidalEmbedding, zero_
 
 
-class ChunkUNet(ChunkNetwork):
+class ChunkUNet(BlockNetwork):
     """Denoiser that halves the chunk's time axis once per entry of `down_dims` after the first.
 
     Raises:
@@ -67,20 +67,31 @@ class ChunkUNet(ChunkNetwork):
         c = torch.cat([self.time(t), cond], dim=-1)
         return tuple(block.film(c) for stage in self._stages() for block in (stage.first, stage.second))
 
-    def denoise(self, x: Tensor, *condition: Tensor) -> Tensor:
-        """x [B, H, A] and what `condition` returned -> [B, H, A]."""
+    def trunk(self, x: Tensor, *condition: Tensor, after: After | None = None) -> Tensor:
+        """x [B, H, A] and what `condition` returned -> the stream after the last block [B, C, H].
+
+        What `after` makes of the second block of a resolution is also its skip.
+        """
         films = iter(condition)
         h = rearrange(x, "b h a -> b a h")
         skips: list[Tensor] = []
         for i, down in enumerate(self.down):
-            h = down(h, next(films), next(films))
+            h = down(h, next(films), next(films), after)
             skips.append(h)
             if i < len(self.shrink):
                 h = self.shrink[i](h)
-        h = self.middle(h, next(films), next(films))
+        h = self.middle(h, next(films), next(films), after)
         for up, grow in zip(self.up, self.grow, strict=True):
-            h = grow(up(torch.cat([h, skips.pop()], dim=1), next(films), next(films)))
+            h = grow(up(torch.cat([h, skips.pop()], dim=1), next(films), next(films), after))
+        return h
+
+    def head(self, h: Tensor, *condition: Tensor) -> Tensor:
+        """The stream after the last block [B, C, H] -> [B, H, A]."""
         return rearrange(self.out(h), "b a h -> b h a")
+
+    def injections(self) -> list[nn.Module]:
+        widths = [stage.second.width for stage in self._stages() for _ in range(2)]
+        return [zero_(nn.Conv1d(width, width, 1)) for width in widths]
 
     def _stages(self) -> Iterator[_Stage]:
         yield from itertools.chain(self.down, [self.middle], self.up)
@@ -101,9 +112,13 @@ class _Stage(nn.Module):
         self.first = _FilmBlock(into, out, cond_dim, kernel_size, num_groups)
         self.second = _FilmBlock(out, out, cond_dim, kernel_size, num_groups)
 
-    def forward(self, x: Tensor, film1: Tensor, film2: Tensor) -> Tensor:
+    def forward(self, x: Tensor, film1: Tensor, film2: Tensor, after: After | None = None) -> Tensor:
         """x [B, C, H], each block's scale and shift [B, 2 C'] -> [B, C', H]."""
-        return self.second(self.first(x, film1), film2)
+        for block, film in ((self.first, film1), (self.second, film2)):
+            x = block(x, film)
+            if after is not None:
+                x = after(x)
+        return x
 
 
 class _FilmBlock(nn.Module):
@@ -111,6 +126,7 @@ class _FilmBlock(nn.Module):
 
     def __init__(self, into: int, out: int, cond_dim: int, kernel_size: int, num_groups: int) -> None:
         super().__init__()
+        self.width = out
         self.first = _ConvBlock(into, out, kernel_size, num_groups)
         self.second = _ConvBlock(out, out, kernel_size, num_groups)
         self.film = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, 2 * out))

@@ -34,7 +34,10 @@ class Policy(nn.Module, abc.ABC):
         self.register_buffer("action_low", torch.tensor(spec.action.low, dtype=torch.float32), persistent=False)
         self.register_buffer("action_high", torch.tensor(spec.action.high, dtype=torch.float32), persistent=False)
         self._shapes = {name: (timing.n_obs_steps, *m.shape) for name, m in spec.observation.items()}
+        self.optional: frozenset[str] = frozenset()
+        """Names of the modalities that may be missing: not in the observation, or NaN in some rows."""
         self._norm_is_known_fitted = False
+        self.register_load_state_dict_post_hook(_fix_norm)
 
     @abc.abstractmethod
     def loss(self, batch: Batch, *, generator: Rng = None) -> Tensor:
@@ -47,6 +50,27 @@ class Policy(nn.Module, abc.ABC):
     def network_calls(self) -> int:
         """Return how often the network runs per chunk without a guess; one unless a method says otherwise."""
         return 1
+
+    @property
+    def num_stages(self) -> int:
+        """How many parts of it are trained one after the other; see `nn.staged.Staged`."""
+        return max((int(part.num_stages) for part in self._staged()), default=1)
+
+    def set_stage(self, stage: int) -> None:
+        """Let the parts of `stage` learn; those trained before stay as they are, and so does the normaliser.
+
+        Raises:
+            ValueError: there is no such stage.
+        """
+        if not 0 <= stage < self.num_stages:
+            raise ValueError(f"stage must be in [0, {self.num_stages - 1}]; got {stage}.")
+        for part in self._staged():
+            part.set_stage(stage)
+        self.norm.is_fixed = stage > 0
+
+    @property
+    def stage(self) -> int:
+        return max((int(part.stage) for part in self._staged()), default=0)
 
     def check_saved(self, config: Mapping[str, Any]) -> None:
         """Raise RobopolicyError if this policy would give another meaning to the weights that were trained as `config`.
@@ -65,7 +89,12 @@ class Policy(nn.Module, abc.ABC):
         for name, shape in self._shapes.items():
             value = self._window(obs, name, shape)
             if value.is_floating_point() and not bool(value.isfinite().all()):
-                rows = (~value.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+                wrong = ~value.isfinite()
+                if name in self.optional:
+                    wrong &= ~value.isnan()
+                    if not bool(wrong.any()):
+                        continue
+                rows = wrong.flatten(1).any(dim=1).nonzero().flatten().tolist()
                 raise RobopolicyError(
                     f"Observation {name!r} has values that are not finite in row{'s' * (len(rows) > 1)} "
                     f"{', '.join(map(str, rows))}; a policy can only act on finite numbers."
@@ -106,8 +135,13 @@ class Policy(nn.Module, abc.ABC):
                 )
             self._norm_is_known_fitted = True
 
+    def _staged(self) -> list[Any]:
+        return [part for part in self.children() if hasattr(part, "set_stage")]
+
     def _window(self, obs: Observation, name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in obs.modalities:
+            if name in self.optional and obs.modalities:
+                return torch.full((obs.batch_size, *shape), torch.nan, device=self.device)
             raise RobopolicyError(f"The policy observes {name!r}; got only {', '.join(sorted(obs.modalities))}.")
         value = obs.modalities[name]
         if value.shape[1:] != shape:
@@ -115,3 +149,8 @@ class Policy(nn.Module, abc.ABC):
                 f"Observation {name!r} must be [B, {', '.join(map(str, shape))}], got {tuple(value.shape)}."
             )
         return value
+
+
+def _fix_norm(policy: Policy, _: Any) -> None:
+    """Fix the normaliser of a policy whose loaded weights are of a later stage."""
+    policy.norm.is_fixed = policy.stage > 0

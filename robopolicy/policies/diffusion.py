@@ -39,7 +39,8 @@ class DiffusionPolicy(Policy):
         spec: what is observed and commanded.
         timing: lengths of window, chunk and execution.
         network: factory (action_dim, horizon, cond_dim) -> net(x [B, H, A], level [B], cond [B, D]) -> [B, H, A].
-        encoder: factory (observation specs, n_obs_steps) -> module with `out_dim`, modalities -> [B, D].
+        encoder: factory (observation specs, n_obs_steps) -> module with `out_dim`, modalities -> [B, D]. An encoder
+            for several stacks has `widths`, which the network's factory gets for cond_dim; see nn/composed.py.
         schedule: the noise levels that the network is trained on.
         sampler: how a chunk is generated from the network.
         prediction: what the network's output means.
@@ -84,7 +85,9 @@ class DiffusionPolicy(Policy):
             warm_start.check(schedule)
         self.warm_start = warm_start
         self.encoder = encoder(spec.observation, timing.n_obs_steps)
-        self.network = network(spec.action.dim, timing.horizon, int(self.encoder.out_dim))  # type: ignore[arg-type]
+        widths: Any = getattr(self.encoder, "widths", self.encoder.out_dim)
+        self.network = network(spec.action.dim, timing.horizon, widths)
+        self.optional = frozenset(getattr(self.encoder, "optional", ()))
         signal, sigma = schedule.tables()
         self.register_buffer("signal", signal, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)

@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class TrainingState:
     optimizer: Mapping[str, Tensor]
     info: Mapping[str, Any]
     """Plain JSON: losses not yet logged, number of processes, fingerprint of the data, ..."""
+    best: Mapping[str, Tensor] = field(default_factory=dict)
+    """What an early stage of training will leave behind if it does not find better, see `training.stages`."""
 
 
 def save(
@@ -79,7 +81,7 @@ def save(
             write_policy(new, step=step, policy=policy, config=config)
             if state is not None:
                 (new / "training_state").mkdir()
-                for name in ("weights", "optimizer"):
+                for name in ("weights", "optimizer", *(["best"] if state.best else [])):
                     atomic.write_synced(new / "training_state" / f"{name}.safetensors", _pack(getattr(state, name)))
                 atomic.write_synced(new / "training_state" / "state.json", _json(state.info))
         atomic.write_file(run_dir / "last", f"{folder.name}\n".encode())
@@ -165,7 +167,8 @@ def load_training_state(folder: Path) -> TrainingState:
     if not state.is_dir():
         raise CheckpointError(f"{folder} holds a policy but no training_state, so training cannot go on from it.")
     weights, optimizer = (_read_tensors(state / f"{name}.safetensors") for name in ("weights", "optimizer"))
-    return TrainingState(weights=weights, optimizer=optimizer, info=_read_json(state / "state.json"))
+    best = _read_tensors(state / "best.safetensors") if (state / "best.safetensors").exists() else {}
+    return TrainingState(weights=weights, optimizer=optimizer, info=_read_json(state / "state.json"), best=best)
 
 
 def resolve(path: Path | str, *, root: Path = CHECKPOINTS) -> Path:

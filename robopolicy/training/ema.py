@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Holds `policy`, the averaged copy: frozen, in evaluation mode, on the same device as the original."""
+    """Holds `policy`, the averaged copy: frozen, in evaluation mode, on the same device as the original.
+
+    Weights of the original that do not learn are in the copy as they are.
+    """
 
     def __init__(self, policy: nn.Module, *, power: float = 0.75, max_decay: float = 0.9999) -> None:
         if not (0 < power <= 1 and 0 <= max_decay <= 1):
@@ -25,7 +28,8 @@ class EMA:
         self.policy = copy.deepcopy(policy).eval().requires_grad_(False)
         self.power = power
         self.max_decay = max_decay
-        self._averaged: list[Tensor] = list(self.policy.parameters())
+        self._names = {name for name, weight in policy.named_parameters() if weight.requires_grad}
+        self._averaged = self._learning(self.policy)
 
     def decay(self, update: int) -> float:
         """Return the share of the old average that stays at the `update`-th update (the first is 1: nothing stays)."""
@@ -34,7 +38,9 @@ class EMA:
     @torch.no_grad()
     def update(self, policy: nn.Module, update: int) -> None:
         """Move the average towards the weights of `policy`; `update` counts from 1. Buffers are copied."""
-        current: list[Tensor] = list(policy.parameters())
-        torch._foreach_lerp_(self._averaged, current, 1.0 - self.decay(update))
+        torch._foreach_lerp_(self._averaged, self._learning(policy), 1.0 - self.decay(update))
         for mine, theirs in zip(self.policy.buffers(), policy.buffers(), strict=True):
             mine.copy_(theirs)
+
+    def _learning(self, policy: nn.Module) -> list[Tensor]:
+        return [weight for name, weight in policy.named_parameters() if name in self._names]

@@ -28,6 +28,7 @@ def train(
     log: Callable[[int, Mapping[str, float]], None],
     save: Callable[[int, Window], None],
     start_step: int = 0,
+    first_step: int = 0,
     window: Window | None = None,
     seed: int = 0,
     grad_clip: float = 1.0,
@@ -37,6 +38,7 @@ def train(
     validate_every: int = 1000,
     tick: Callable[[int], None] = lambda done: None,
     stop: Callable[[], bool] = lambda: False,
+    enough: Callable[[], bool] | None = None,
 ) -> int:
     """Fit `policy` in place, its average in `ema` with it; return how many steps are done.
 
@@ -46,11 +48,13 @@ def train(
     `batches` starts at batch `start_step * accelerator.gradient_accumulation_steps`.
 
     Args:
+        first_step: where the average began: steps are counted from there for its decay.
         log: called with steps done and metrics, on every process, each `log_every` steps and after the last.
         save: called with steps done and the unlogged losses each `save_every` steps, at the end and on `stop`.
         validate: returns metrics of held-out data; may draw random numbers.
         tick: called after each step (progress bar).
         stop: asked after each step; with several processes each `log_every` steps, all stop when one should.
+        enough: asked after each validation, on every process; if so, this is the last step. It is saved like any other.
 
     Raises:
         TrainingError: loss or gradient is not finite; names the step. Such weights are never saved.
@@ -73,23 +77,26 @@ def train(
         lr = float(scheduler.get_last_lr()[0])
         scheduler.step()
         done = step + 1
-        ema.update(bare, done)
+        ema.update(bare, done - first_step)
         window.end(torch.stack(losses).mean(), grad_norm)
         tick(done)
 
-        at_log = done % log_every == 0 or done == num_steps
-        stopping = (at_log or accelerator.num_processes == 1) and _on_any_process(accelerator, stop())
-        saving = stopping or done % save_every == 0 or done == num_steps
+        checking = validate is not None and (done % validate_every == 0 or done == num_steps)
+        checked = validate() if validate is not None and checking else {}
+        last = done == num_steps or (checking and enough is not None and enough())
+        at_log = done % log_every == 0 or last
+        stopping = (at_log or accelerator.num_processes == 1) and on_any_process(accelerator, stop())
+        saving = stopping or done % save_every == 0 or last
         if at_log or saving:
             window.settle(accelerator, done)
         if at_log:
             log(done, {**window.summary(accelerator.num_processes), "train/lr": lr})
             window = Window()
-        if validate is not None and (done % validate_every == 0 or done == num_steps):
-            log(done, validate())
+        if checking:
+            log(done, checked)
         if saving:
             save(done, window)
-        if stopping:
+        if stopping or last:
             return done
     return max(num_steps, start_step)
 
@@ -158,7 +165,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
-def _on_any_process(accelerator: Accelerator, flag: bool) -> bool:
+def on_any_process(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum").item())

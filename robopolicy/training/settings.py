@@ -34,6 +34,8 @@ class TrainSettings:
     log_every: int = 50
     save_every: int = 2000
     keep: int = 2
+    stages: tuple[float, ...] | None = None
+    early_stop: int | None = 3
 
     def __post_init__(self) -> None:
         if self.mixed_precision is False:  # YAML reads a bare `no` as false
@@ -43,8 +45,12 @@ class TrainSettings:
         if self.device not in DEVICES:
             raise UnknownNameError("train.device", str(self.device), DEVICES)
         object.__setattr__(self, "betas", tuple(self.betas))
+        if self.stages is not None:
+            object.__setattr__(self, "stages", tuple(self.stages))
+            if not self.stages or not all(share > 0 for share in self.stages):
+                raise ValueError(f"train.stages must be positive shares of num_steps; got {list(self.stages)}.")
         at_least_one = ("num_steps", "batch_size", "accumulate", "validate_every", "log_every", "save_every", "keep")
-        for name in (*at_least_one, *(["num_threads"] if self.num_threads is not None else [])):
+        for name in (*at_least_one, *(n for n in ("num_threads", "early_stop") if getattr(self, n) is not None)):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1; got {getattr(self, name)}.")
         for name in ("lr", "grad_clip"):
