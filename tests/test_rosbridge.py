@@ -235,7 +235,7 @@ def test_a_missing_rosapi_costs_nothing_but_what_it_knows(rosapi: bool, monkeypa
     monkeypatch.setattr("robopolicy.deploy.rosbridge.PROBE_EVERY_S", 0.05)
     with arm_behind_a_bridge(quirks=Quirks(rosapi=rosapi)) as robot, client_of(robot, streams=["obj_pose"]) as client:
         time.sleep(0.3)
-        assert client.link().generation == 4
+        assert client.link().generation == 5
         reports = {report.name: report for report in client.reports()}
         assert (reports["obj_pose"].seen_type == "geometry_msgs/PoseStamped") is rosapi
         assert [report.problem for report in reports.values()] == [""] * 3

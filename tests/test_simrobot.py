@@ -5,6 +5,8 @@ The numbered tests are those of the list "what a test of ours should show", at t
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -156,16 +158,22 @@ def test_a_twist_moves_the_tool_and_stops_when_it_grows_old(controller: ArmContr
 def test_a_gripper_goal_ends_there_or_on_something() -> None:
     ended: list[tuple[bool, bool]] = []
     gripper = GripperController(0.04, message_per_m=0.5)
-    for position, at_m, expected in (
+    for position, stands_m, expected in (
         (0.0, 0.0, (True, False)),
         (0.0, 0.02, (False, True)),
         (0.03, 0.03, (True, False)),
     ):
         gripper.command({"command": {"position": position, "max_effort": 1.0}}, 0.0, lambda *r: ended.append(r))
-        gripper.watch(0.037, -0.1, 0.1)
-        assert len(ended) < 3 or ended[2] == (True, False)
-        gripper.watch(at_m, 0.0, 1.0)
+        for step in range(40):
+            moving_m = 0.04 - 0.001 * step
+            trembling_m = 1e-4 * (-1) ** step
+            gripper.watch(max(stands_m, moving_m) + trembling_m, 0.01 * step)
+            assert ended == [] or moving_m <= stands_m + 1.2e-3
+        gripper.watch(stands_m, 1.0)
         assert ended.pop() == expected
+    gripper.command({"command": {"position": 0.0, "max_effort": 1.0}}, 2.0, lambda *r: ended.append(r))
+    gripper.command({"command": {"position": 0.04, "max_effort": 1.0}}, 2.1, lambda *r: None)
+    assert ended == [(False, False)]  # replaced
     with pytest.raises(RobopolicyError, match=r"command\.position"):
         gripper.command({"command": {"position": None}}, 0.0, lambda *r: None)
 
@@ -565,14 +573,27 @@ def test_a_closed_gripper_presses_as_in_training(pick_cube: Any) -> None:
 
 @pytest.mark.sim
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_stop() -> None:
-    from robopolicy.app.simrobot import spawn
-
-    with spawn(["seed=5", "sim.clock_offset_s=3.0"]) as url:
-        client = RemoteRobot(RobotFile.from_dict(robot_data()), url=url)
+def test_the_command_serves_until_whoever_started_it_ends() -> None:
+    script = """
+import sys, time
+from robopolicy.app.simrobot import spawn
+with spawn(["seed=5", "sim.clock_offset_s=3.0"]) as url:
+    print(url, flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        client = RemoteRobot(RobotFile.from_dict(robot_data()), url=parent.stdout.readline().strip())
         client.connect()
         assert client.call("/simrobot/episode", {}, timeout_s=2)["seed"] == 5
         assert client.robot_time_s() - time.time() == pytest.approx(3.0, abs=0.2)
+        parent.kill()
+        until(lambda: "nothing listens" in client.link().detail, within_s=10)
         client.close()
+
+
+def test_a_robot_that_does_not_start_says_why() -> None:
+    from robopolicy.app.simrobot import spawn
+
     with pytest.raises(RobopolicyError, match=r"Did you mean 'faults\.delay_s'"), spawn(["faults.delay=1"]):
         pass

@@ -29,6 +29,9 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
 READY = "listening on "
 """What the line that names the address begins with; `spawn` waits for it."""
 
+PARENT = "ROBOPOLICY_SIMROBOT_PARENT"
+"""Environment variable with the process that `spawn` was called in; the robot does not outlive it."""
+
 
 def run(cfg: DictConfig) -> Mapping[str, Any]:
     """Run until Ctrl-C, SIGTERM or the end of `duration_s`; return what happened."""
@@ -42,8 +45,10 @@ def run(cfg: DictConfig) -> Mapping[str, Any]:
                 print(f"Anyone who reaches {host} can move this robot.", file=sys.stderr)
             _say(cfg, robot)
             until_s = None if cfg.duration_s is None else time.monotonic() + cfg.duration_s
+            parent = os.environ.get(PARENT)
             while not stop.wait(0.2) and (until_s is None or time.monotonic() < until_s):
-                pass
+                if parent is not None and parent != str(os.getppid()):
+                    break  # whoever spawned this was killed
             return _summary(robot)
     finally:
         for name, handler in before.items():
@@ -117,7 +122,12 @@ def spawn(overrides: Sequence[str], *, timeout_s: float = 60.0) -> Iterator[str]
 
     command = [sys.executable, "-m", "robopolicy", "simrobot", "port=0", *overrides]
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, PARENT: str(os.getpid())},
     )
     assert child.stderr is not None
     timer = threading.Timer(timeout_s, child.kill)

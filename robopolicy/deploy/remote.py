@@ -1,10 +1,11 @@
-"""A robot behind a rosbridge server: `contract.Robot` over four sockets that cannot hold each other up.
+"""A robot behind a rosbridge server: `contract.Robot` over five sockets that cannot hold each other up.
 
 | socket | carries | so that |
 | --- | --- | --- |
 | state | joint states, streams | pictures delay no command |
 | command | what moves the arm | it can be cut, with all that a frozen bridge has not read, when the data grow old |
-| service | calls, action goals | older bridges serve nothing else on a socket while these last |
+| service | service calls | older bridges serve nothing else on a socket while one lasts |
+| action | goals | the same; a goal for a server that is not there lasts for ever |
 | stop | stops, the heartbeat, the e-stop from ROS | a stop waits for nothing |
 
 Commands leave only while the robot is armed and the joint states are fresh. A lost or silent link disarms; nothing but
@@ -106,6 +107,7 @@ class RemoteRobot:
             "state": open_socket("state", probe=None),
             "command": open_socket("command", gate=self._may_send),
             "service": open_socket("service", on_probe=self._probed),
+            "action": open_socket("action"),
             "stop": open_socket("stop"),
         }
         self._subscribe()
@@ -155,7 +157,7 @@ class RemoteRobot:
         gripper = self.robot.gripper
         if gripper is not None and gripper.interface == "gripper_command" and dialect == "ros1":
             for topic, type_name in ros1_action_topics(gripper.topic, GRIPPER_GOAL).items():
-                self._sockets["service"].advertise(topic, type_name)
+                self._sockets["action"].advertise(topic, type_name)
 
     # ---- what the robot says (in the bridge's thread) ----------------------------------------------------------------
     def _joint_state(self, message: Message, arrival_s: float) -> None:
@@ -238,7 +240,7 @@ class RemoteRobot:
             self._order(self._interface.command(position, velocity, self._dialect), "command")
             if gripper is not None and self.robot.gripper is not None and self.robot.gripper.interface != "none":
                 goal = gripper_goal(self.robot.gripper, gripper, self._dialect, self.robot_time_s())
-                self._order(goal, "service")
+                self._order(goal, "action")
         except BridgeError as error:  # not finite: nothing left, and it is the filter's fault
             self.stop(str(error))
 
@@ -250,10 +252,10 @@ class RemoteRobot:
         command.discard()
         log.info("stop: %s", reason)
         state, fresh = self.state(), self.data_age_s() < self.robot.watchdogs.state_age_s
-        service = self._sockets["service"]
-        for key, action in service.goals.items():
+        actions = self._sockets["action"]
+        for key, action in actions.goals.items():
             if action == self.robot.command.topic:  # not the gripper's: what it holds should not fall
-                service.cancel_goal(action, key)
+                actions.cancel_goal(action, key)
         if self._dialect is None:
             return
         position = state.position if state is not None and fresh else None
@@ -347,7 +349,7 @@ class RemoteRobot:
 
     def _order(self, order: Publish | Goal, name: str) -> None:
         if isinstance(order, Goal):
-            self._sockets["service"].send_goal(order.action, order.type_name, order.goal)
+            self._sockets["action"].send_goal(order.action, order.type_name, order.goal)
         else:
             self._sockets[name].publish(order.topic, order.message)
         if name == "command":

@@ -16,7 +16,9 @@ from .contract import Floats
 from .kinematics import Chain
 from .messages import MessageError, stamp_of
 
-GRIPPER_TOLERANCE_M, GRIPPER_STALL_S = 1e-3, 0.3
+GRIPPER_TOLERANCE_M = 1e-3
+STALLED_M, STALLED_S = 5e-4, 0.2
+"""Fingers that moved less in this time stand still; their velocity is no measure, it trembles."""
 KEPT_COMMANDS = 4096
 
 
@@ -255,7 +257,7 @@ class GripperController:
         """One finger's place."""
         self._per_finger = 0.5 / message_per_m
         self._done: Callable[[bool, bool], None] | None = None
-        self._since_s = 0.0
+        self._moved = (0.0, 0.0)
         self.commands: deque[tuple[float, float]] = deque(maxlen=KEPT_COMMANDS)
         """(monotonic arrival, opening in metres)."""
 
@@ -274,16 +276,17 @@ class GripperController:
         if not isinstance(position, int | float) or not np.isfinite(position):
             raise RobopolicyError(f"A gripper goal needs command.position; got {goal}.")
         self._end(False, False)
-        self.target_m, self._done, self._since_s = float(position) * self._per_finger, done, now_s
+        self.target_m, self._done, self._moved = float(position) * self._per_finger, done, (now_s, np.inf)
         self.commands.append((now_s, 2 * self.target_m))
 
-    def watch(self, finger_m: float, velocity_m_s: float, now_s: float) -> None:
-        """See whether the goal has ended."""
+    def watch(self, finger_m: float, now_s: float) -> None:
+        """See whether the goal has ended, with a finger at `finger_m`."""
         if self._done is None:
             return
+        if abs(finger_m - self._moved[1]) > STALLED_M:
+            self._moved = (now_s, finger_m)
         reached = abs(finger_m - max(self.target_m, 0.0)) < GRIPPER_TOLERANCE_M
-        stalled = now_s - self._since_s > GRIPPER_STALL_S and abs(velocity_m_s) < 1e-3
-        if reached or stalled:
+        if reached or now_s - self._moved[0] > STALLED_S:
             self._end(reached, not reached)
 
     def _end(self, reached: bool, stalled: bool) -> None:

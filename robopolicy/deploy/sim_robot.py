@@ -173,7 +173,7 @@ class SimRobot:
         self._measured = position[: sim.arm_dof]
         if len(position) > sim.arm_dof:
             with self._lock:
-                self.gripper.watch(float(position[sim.arm_dof]), float(velocity[sim.arm_dof]), now_s)
+                self.gripper.watch(float(position[sim.arm_dof]), now_s)
         if sim.physics_steps % sim.control_steps_every == 0:
             self.success_once |= sim.success
             self.server.publish(SUCCESS_TOPIC, messages.BOOL, {"data": sim.success})
