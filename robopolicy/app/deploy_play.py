@@ -198,7 +198,7 @@ def _episodes(
             session.episode = f"{len(rows) + 1} of {cfg.episodes}, seed {seed}"
             time.sleep(SETTLE_S)
             robot.call("/simrobot/reset", {"seed": seed}, timeout_s=20.0)
-            time.sleep(SETTLE_S)
+            _await_scene(robot, session, time.monotonic())
             if left.is_set():
                 break
             if why := session.begin_within(READY_S, seed):
@@ -230,6 +230,17 @@ def _episodes(
         "episodes": rows,
         **summary,
     }
+
+
+def _await_scene(robot: RemoteRobot, session: Session, since_s: float) -> None:
+    """Wait until every stream, also a goal that is told seldom, has said something of the scene since `since_s`."""
+    until_s = since_s + READY_S
+    time.sleep(SETTLE_S)
+    for name in session.builder.streams:
+        while not any(sample.arrival_s > since_s for sample in robot.samples(name)):
+            if time.monotonic() > until_s:
+                raise RobopolicyError(f"Nothing on stream {name!r} within {READY_S:g} s of the reset.")
+            time.sleep(0.01)
 
 
 def _episode(robot: RemoteRobot, session: Session, limit_s: float) -> dict[str, Any]:
