@@ -158,8 +158,7 @@ class ComposedNetwork(Staged, ChunkNetwork):
             assert isinstance(stack, BlockNetwork)
             if composition == "block":
                 self.injections.append(nn.ModuleList(stack.injections()))
-                for name in stack.HEAD:
-                    setattr(stack, name, nn.Identity())
+                stack.drop_head()
             elif composition == "output":
                 last = getattr(stack, stack.HEAD[-1])
                 zero_(last[-1] if isinstance(last, nn.Sequential) else last)

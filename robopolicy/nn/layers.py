@@ -76,6 +76,11 @@ class BlockNetwork(ChunkNetwork):
     def injections(self) -> list[nn.Module]:
         """Return a new layer per block, from this stream to one of the same shape, that outputs zeros at first."""
 
+    def drop_head(self) -> None:
+        """Remove the weights that only `head` uses; `trunk` is what remains."""
+        for name in self.HEAD:
+            setattr(self, name, nn.Identity())
+
     def denoise(self, x: Tensor, *condition: Tensor) -> Tensor:
         """x [B, H, A] and what `condition` returned -> [B, H, A]."""
         return self.head(self.trunk(x, *condition), *condition)
@@ -133,8 +138,8 @@ class SinusoidalEmbedding(nn.Module):
 def zero_(layer: Layer) -> Layer:
     """Set `layer` to output zeros at first, so that a residual branch starts as the identity; return it."""
     nn.init.zeros_(layer.weight)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

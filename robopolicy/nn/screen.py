@@ -34,8 +34,8 @@ class ModalityScreen(nn.Module):
     """Marks modalities as missing, row by row.
 
     `doubt` of a modality: the window is predicted linearly from the trusted modalities' window, as in all the training
-    data, and the error is measured in standard deviations of the errors there (Mahalanobis; 1 is usual, root mean
-    square over its dimensions). The covariances are gathered while training; images are neither judged nor asked.
+    data, and the error is measured by the covariance of the errors there (Mahalanobis), in units of its root mean
+    square: 1 is usual. The moments are gathered while training; images are neither judged nor asked.
 
     Args:
         observation: the task's modalities.
@@ -134,16 +134,19 @@ class ModalityScreen(nn.Module):
         mean = self.total / self.count
         covariance = self.products / self.count - torch.outer(mean, mean)
         first = self._ends[0]
-        trusted = covariance[:first, :first] + RESOLUTION**2 * torch.eye(first, device=mean.device)
+        trusted = covariance[:first, :first]
+        ridge = trusted + RESOLUTION**2 * torch.eye(first, device=mean.device)
         for name, begin, end in zip(self.judged, self._ends, self._ends[1:], strict=False):
             cross = covariance[begin:end, :first]
-            predict = torch.linalg.solve(trusted, cross.T).T
-            left = covariance[begin:end, begin:end] - predict @ cross.T
+            predict = torch.linalg.solve(ridge, cross.T).T
+            left = covariance[begin:end, begin:end] - predict @ (2 * cross.T - trusted @ predict.T)
             left = (left + left.T) / 2 + RESOLUTION**2 * torch.eye(end - begin, device=mean.device)
             values, vectors = torch.linalg.eigh(left)
             getattr(self, f"{name}_predict").copy_(predict)
             getattr(self, f"{name}_offset").copy_(mean[begin:end] - predict @ mean[:first])
-            getattr(self, f"{name}_whiten").copy_(vectors.T / values.clamp_min(RESOLUTION**2).sqrt()[:, None])
+            values = values.clamp_min(RESOLUTION**2)
+            usual = (1 - RESOLUTION**2 / values).mean().clamp_min(1 / len(values))  # of the mean square, in the data
+            getattr(self, f"{name}_whiten").copy_(vectors.T / (values * usual).sqrt()[:, None])
 
 
 def _flat(modalities: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

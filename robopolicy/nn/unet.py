@@ -81,13 +81,20 @@ class ChunkUNet(BlockNetwork):
             if i < len(self.shrink):
                 h = self.shrink[i](h)
         h = self.middle(h, next(films), next(films), after)
-        for up, grow in zip(self.up, self.grow, strict=True):
-            h = grow(up(torch.cat([h, skips.pop()], dim=1), next(films), next(films), after))
+        for i, up in enumerate(self.up):
+            h = h if i == 0 else self.grow[i - 1](h)
+            h = up(torch.cat([h, skips.pop()], dim=1), next(films), next(films), after)
         return h
 
     def head(self, h: Tensor, *condition: Tensor) -> Tensor:
         """The stream after the last block [B, C, H] -> [B, H, A]."""
+        h = self.grow[-1](h) if len(self.grow) else h
         return rearrange(self.out(h), "b a h -> b h a")
+
+    def drop_head(self) -> None:
+        super().drop_head()
+        if len(self.grow):
+            self.grow[-1] = nn.Identity()
 
     def injections(self) -> list[nn.Module]:
         widths = [stage.second.width for stage in self._stages() for _ in range(2)]
