@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from robopolicy.deploy.faults import Faults
 from robopolicy.deploy.remote import RemoteRobot
@@ -23,7 +24,8 @@ from robopolicy.deploy.sim_robot import SimRobot
 from robopolicy.deploy.sim_server import RosbridgeServer
 from tests.conftest import Finished
 from tests.deploy_peers import HOME, StillArm, robot_data
-from tests.ideal_arm import Memory
+from tests.ideal_arm import Memory, panda
+from tests.made_up_time import Clock, DelayedRobot, play
 from tests.scripted_planner import ScriptedPlanner, joint_spec, stay
 
 ZOO = Path(__file__).parents[1] / "checkpoints" / "zoo" / "pick_cube-diffusion"
@@ -214,6 +216,38 @@ def test_a_signal_stops_the_arm_before_deploy_leaves(
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(("executor", "planner"), [("rti", "fresh"), ("rti", "rti"), ("async", "fresh")])
+def test_the_published_policy_solves_its_task_in_made_up_time(
+    monkeypatch: pytest.MonkeyPatch, executor: str, planner: str
+) -> None:
+    """Policy, session and filter as they are, 20 ms of inference, 20 ms to the arm, 5 ms back; evaluation: 96 %."""
+    from hydra import compose, initialize_config_module
+
+    from robopolicy.app.build import build_planner, build_policy
+    from robopolicy.deploy import loop, runner, session
+    from robopolicy.envs import make
+    from robopolicy.envs.stepping import SteppedRobot
+    from robopolicy.training import checkpoint
+
+    clock = Clock()
+    for module in (loop, runner, session):
+        monkeypatch.setattr(module, "time", clock)
+    loaded = checkpoint.load(ZOO, build_policy, device=torch.device("cpu"))
+    with initialize_config_module("robopolicy.configs", version_base=None):
+        cfg = compose("deploy", overrides=["checkpoint=x", f"planner={planner}"])
+    file = panda(watchdogs__loop_overrun_s=1.0)
+    sim = SteppedRobot(make("pick_cube", backend="single", control_mode="pd_joint_pos"))
+    robot = DelayedRobot(sim, clock, command_s=0.02, state_s=0.005)
+    plan = build_planner(cfg.planner, loaded.policy.eval(), 1, loaded.path)
+    on = Session(robot, file, plan, executor=executor)  # type: ignore[arg-type]
+    solved = [play(on, robot, seed, inference_s=0.02) for seed in range(10000, 10004)]
+    sim.env.close()
+    assert sum(solved) >= 3
+    assert on.loop.stats.following_turns() in range(3, 8)
+    assert on.loop.safety.counts.rejections == dict.fromkeys(on.loop.safety.counts.rejections, 0)
 
 
 @pytest.mark.sim
