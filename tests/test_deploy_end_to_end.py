@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from robopolicy.deploy.remote import RemoteRobot
 from robopolicy.deploy.robot import RobotFile
 from robopolicy.deploy.session import Session
 from robopolicy.deploy.sim_robot import SimRobot
-from robopolicy.deploy.sim_server import RosbridgeServer
+from robopolicy.deploy.sim_server import Quirks, RosbridgeServer
 from tests.conftest import Finished
 from tests.deploy_peers import HOME, StillArm, robot_data
 from tests.ideal_arm import Memory, panda
@@ -34,13 +35,14 @@ ZOO = Path(__file__).parents[1] / "checkpoints" / "zoo" / "pick_cube-diffusion"
 class Deployed:
     """A session that plays increments on an arm without physics, over a bridge in this process."""
 
-    def __init__(self, dialect: str = "ros2", port: int = 0, **faults: Any) -> None:
+    def __init__(self, dialect: str = "ros2", port: int = 0, blocking: bool = False, **faults: Any) -> None:
         data = robot_data()
         data["watchdogs"]["loop_overrun_s"] = 1.0  # other tests run beside this one
         self.file = RobotFile.from_dict(data)
         self.faults = Faults()
         for name, value in faults.items():
             self.faults.set(name, value)
+        self.blocking = blocking
         self.server, self.arm = self.serve(port, dialect)
         spec = joint_spec("pd_joint_delta_pos")
         self.planner = ScriptedPlanner(spec, stay(spec))
@@ -51,7 +53,7 @@ class Deployed:
         self.session.open()
 
     def serve(self, port: int, dialect: str = "ros2") -> tuple[RosbridgeServer, SimRobot]:
-        server = RosbridgeServer(port=port, dialect=dialect, faults=self.faults)  # type: ignore[arg-type]
+        server = RosbridgeServer(port=port, dialect=dialect, faults=self.faults, quirks=Quirks(blocking=self.blocking))  # type: ignore[arg-type]
         arm = SimRobot(StillArm(), self.file, server)
         server.start()
         arm.start()
@@ -154,6 +156,26 @@ def test_a_killed_bridge_that_comes_back_moves_nothing_until_armed(deployed: Cal
     assert on.commands == 0
     on.wait(lambda: on.session.rearm() == "" or not on.session.stopped.is_set())
     on.wait(lambda: on.commands > 10)
+
+
+@pytest.mark.parametrize("way", ["topic", "service"])
+def test_the_emergency_stop_from_ros_does_not_wait_for_a_slow_service(
+    deployed: Callable[..., Deployed], way: str
+) -> None:
+    """A bridge with the old defaults serves nothing else on a connection while a service runs."""
+    on = deployed(blocking=True)
+    on.server.offer_service("/slow", "std_srvs/Trigger", lambda args: time.sleep(2.0) or {"success": True})
+    on.begin()
+    slow = threading.Thread(target=lambda: on.robot.call("/slow", {}, timeout_s=5.0))
+    slow.start()
+    time.sleep(0.2)
+    if way == "topic":
+        on.server.publish(on.file.stop.topic, "std_msgs/Bool", {"data": True})
+    else:
+        threading.Thread(target=lambda: on.server.call_client(on.file.stop.service, {}), daemon=True).start()
+    assert on.wait(lambda: any(a.points == 1 for a in on.arm.arm.accepted)) < 0.3
+    assert "emergency stop" in on.session.stop_reason
+    slow.join()
 
 
 def test_a_faulty_plan_stops_the_arm_at_the_robots_side(deployed: Callable[..., Deployed]) -> None:

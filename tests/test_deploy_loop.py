@@ -70,7 +70,7 @@ def test_before_a_plan_the_arm_is_told_to_stay() -> None:
 
 
 def test_absolute_targets_are_reached_by_the_end_of_their_period() -> None:
-    rig = Rig(joint_spec(), panda(servo_lag_s=0.0, safety__ramp_in_s=0.0))
+    rig = Rig(joint_spec(), panda(trained_lag_s=0.0, arm_lag_s=0.0, safety__ramp_in_s=0.0))
     way = REST + np.linspace(0.01, 0.08, 8)[:, None] * np.ones(7)
     rig.plan(way)
     rig.turn(40)
@@ -80,7 +80,7 @@ def test_absolute_targets_are_reached_by_the_end_of_their_period() -> None:
 
 
 def test_the_lag_of_maniskills_drives_is_put_in_front() -> None:
-    rig = Rig(joint_spec(), panda(servo_lag_s=0.1, safety__ramp_in_s=0.0))
+    rig = Rig(joint_spec(), panda(trained_lag_s=0.1, arm_lag_s=0.0, safety__ramp_in_s=0.0))
     rig.plan(np.tile(REST + 0.02, (8, 1)))
     rig.turn(30)
     expected = 0.02 * (1.0 - np.exp(-DT * np.arange(1, 31) / 0.1))
@@ -90,7 +90,7 @@ def test_the_lag_of_maniskills_drives_is_put_in_front() -> None:
 
 
 def test_measured_increments_start_from_where_the_arm_was_when_they_were_due() -> None:
-    rig = Rig(joint_spec("pd_joint_delta_pos"), panda(servo_lag_s=0.0, safety__ramp_in_s=0.0))
+    rig = Rig(joint_spec("pd_joint_delta_pos"), panda(trained_lag_s=0.0, arm_lag_s=0.0, safety__ramp_in_s=0.0))
     rig.plan(np.tile(np.eye(7)[0], (10, 1)))  # 0.1 rad each
     measured = []
     rig.turn(50, each=lambda i: measured.append(rig.arm.position[0]))
@@ -102,7 +102,7 @@ def test_measured_increments_start_from_where_the_arm_was_when_they_were_due() -
 
 @pytest.mark.parametrize("late", [0, 3])
 def test_target_increments_add_up_though_the_plan_came_late(late: int) -> None:
-    rig = Rig(joint_spec("pd_joint_target_delta_pos"), panda(servo_lag_s=0.0, safety__ramp_in_s=0.0))
+    rig = Rig(joint_spec("pd_joint_target_delta_pos"), panda(trained_lag_s=0.0, arm_lag_s=0.0, safety__ramp_in_s=0.0))
     rig.plan(0.1 * np.tile(np.eye(7)[0], (10, 1)), start_s=rig.now_s - late * 0.05)
     rig.turn(50 - 5 * late)
     rig.turn(20)
@@ -110,7 +110,7 @@ def test_target_increments_add_up_though_the_plan_came_late(late: int) -> None:
 
 
 def test_a_new_plan_of_target_increments_starts_from_the_target_at_its_observation() -> None:
-    rig = Rig(joint_spec("pd_joint_target_delta_pos"), panda(servo_lag_s=0.0, safety__ramp_in_s=0.0))
+    rig = Rig(joint_spec("pd_joint_target_delta_pos"), panda(trained_lag_s=0.0, arm_lag_s=0.0, safety__ramp_in_s=0.0))
     start_s = rig.now_s
     step = 0.1 * np.tile(np.eye(7)[0], (10, 1))
     rig.plan(step, start_s=start_s)
@@ -137,7 +137,7 @@ def test_without_a_next_plan_the_arm_holds_and_repeats_nothing() -> None:
 
 def test_the_seam_between_plans_is_measured_and_faded() -> None:
     def way(blend_s: float) -> tuple[Floats, float]:
-        rig = Rig(joint_spec(), panda(servo_lag_s=0.03, safety__ramp_in_s=0.0), seam_blend_s=blend_s)
+        rig = Rig(joint_spec(), panda(trained_lag_s=0.03, arm_lag_s=0.0, safety__ramp_in_s=0.0), seam_blend_s=blend_s)
         rig.plan(np.tile(REST, (10, 1)))
         rig.turn(10)
         rig.plan(np.tile(REST + 0.05, (10, 1)), start_s=rig.now_s - 0.02, number=2)
@@ -178,7 +178,7 @@ def test_gripper_commands_are_few_and_reach_the_observation() -> None:
 
 
 def test_the_lag_of_the_arm_is_found() -> None:
-    rig = Rig(joint_spec(), panda(servo_lag_s=0.03))
+    rig = Rig(joint_spec(), panda(trained_lag_s=0.03, arm_lag_s=0.0))
     assert rig.loop.stats.following_turns() is None
     slow: list[Floats] = [REST] * 8
 

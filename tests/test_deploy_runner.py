@@ -23,7 +23,7 @@ from robopolicy.deploy.robot import RobotFile
 from robopolicy.deploy.semantics import ActionConverter, GripperLogic, euler_quaternion, require_fit
 from robopolicy.deploy.session import Session
 from robopolicy.errors import RobopolicyError, SpecMismatchError, UnknownNameError
-from robopolicy.types import Observation, TaskSpec
+from robopolicy.types import ModalitySpec, Observation, TaskSpec
 from tests.ideal_arm import PANDA, REST, IdealArm, Memory, panda
 from tests.scripted_planner import ScriptedPlanner, joint_spec, pick_cube_spec, stay
 
@@ -172,6 +172,33 @@ def test_pictures_are_cut_to_shape_and_averaged() -> None:
     picture[:, 20:60] = 200
     assert (resize(picture, 20, 20) == 200).all()
     assert resize(picture, 40, 80) is picture
+
+
+def test_a_policy_that_sees_gets_its_pictures_in_the_shape_of_training() -> None:
+    picture = ModalitySpec(shape=(3, 24, 32), fields={"sensor_data/base_camera/rgb": 3}, dtype="uint8")
+    observation = {"proprio": PICK.observation["proprio"], "rgb.base_camera": picture}
+    spec = dataclasses.replace(PICK, observation=observation)
+    require_fit(spec, panda())
+    make = builder(spec)
+    assert make.streams == ["base_camera"]
+    arm = IdealArm(streams={"base_camera": np.zeros((48, 80, 3))})
+    for step in range(11):
+        arm.publish(100.0 + 0.01 * step)
+    kept = [
+        dataclasses.replace(s, value=np.full((48, 80, 3), 10 * i, np.uint8))
+        for i, s in enumerate(arm._samples["base_camera"])
+    ]
+    arm._samples["base_camera"].clear()
+    arm._samples["base_camera"].extend(kept)
+    built = make(arm)
+    assert isinstance(built, Built)
+    seen = built.observation.modalities["rgb.base_camera"]
+    assert (seen.dtype, tuple(seen.shape)) == (torch.uint8, (1, 2, 3, 24, 32))
+    assert [int(seen[0, i].max()) for i in range(2)] == [50, 100]
+    data = yaml.safe_load(PANDA.read_text())
+    data["observations"]["sensor_data/base_camera/rgb"] = "camera"
+    with pytest.raises(SpecMismatchError, match="'camera' is not a stream"):
+        require_fit(spec, RobotFile.from_dict(data))
 
 
 # ---- executors -------------------------------------------------------------------------------------------------------

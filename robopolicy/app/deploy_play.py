@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import signal
 import sys
 import threading
@@ -161,7 +162,7 @@ def _until_stopped(
             if session.stopped.wait(POLL_S) and not left.is_set():
                 status.stop()
                 console.print(f"[red]stopped[/]: {session.stop_reason}")
-                if not _arms_again(session, console):
+                if not _arms_again(session, left, console):
                     break
                 status.start()
     why = session.stop_reason
@@ -171,14 +172,20 @@ def _until_stopped(
     return {"ok": not why or left.is_set(), "stop_reason": why, **summary}
 
 
-def _arms_again(session: Session, console: Console) -> bool:
-    """Ask the operator whether to go on after a stop."""
+def _arms_again(session: Session, left: threading.Event, console: Console) -> bool:
+    """Wait after a stop until the operator arms again, here or on the page, or leaves; say whether it goes on."""
     if not sys.stdin.isatty():
         return False
-    while console.input("[Enter] arms again, q leaves: ").strip() != "q":
-        if not (why := session.rearm()):
+    console.print("[Enter] arms again, q leaves")
+    while not left.is_set():
+        if not session.stopped.is_set():  # armed on the page
             return True
-        console.print(f"not yet: {why}")
+        if not select.select([sys.stdin], [], [], POLL_S)[0]:
+            continue
+        if sys.stdin.readline().strip() == "q":
+            return False
+        if why := session.rearm():
+            console.print(f"not yet: {why}")
     return False
 
 
@@ -285,7 +292,8 @@ def _say_summary(summary: Mapping[str, Any], console: Console) -> None:
     shown = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     console.print(f"filter: {summary['filter_passed']} commands; {shown or 'nothing clamped'}")
     if summary["arm_lag_s"] is not None:
-        console.print(f"the arm follows what is sent after {1e3 * summary['arm_lag_s']:.0f} ms (see servo_lag_s)")
+        lag_ms = 1e3 * summary["arm_lag_s"]
+        console.print(f"the arm follows what is sent after {lag_ms:.0f} ms; arm_lag_s of the robot file should say so")
     if summary["shadow_rad"]:
         far = summary["shadow_rad"]
         console.print(f"shadow: proposed and executed differ by {far['median']:.3f} rad (p95 {far['p95']:.3f})")

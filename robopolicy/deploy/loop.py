@@ -41,8 +41,8 @@ class LoopStats:
     turns: int = 0
     missed: int = 0
     """Deadlines that were left out because the loop was more than a period late."""
-    late_s: Floats = field(default_factory=lambda: np.zeros(KEPT_TURNS, np.float32))  # type: ignore[assignment]
-    work_s: Floats = field(default_factory=lambda: np.zeros(KEPT_TURNS, np.float32))  # type: ignore[assignment]
+    late_s: Floats = field(default_factory=lambda: np.zeros(KEPT_TURNS, np.float32))
+    work_s: Floats = field(default_factory=lambda: np.zeros(KEPT_TURNS, np.float32))
     holds: int = 0
     seams_rad: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     """Jump of the joint target at each new plan, against what the plan before wanted of the same moment."""
@@ -116,7 +116,7 @@ class ControlLoop:
         self._converter, self._gripper, self._builder = converter, gripper, builder
         self._playlist, self._runner = playlist, runner
         self._period_s = 1.0 / file.command.rate_hz
-        self._lag_s = file.servo_lag_s / speed
+        self._lag_s = max(0.0, file.trained_lag_s / speed - file.arm_lag_s)
         self._seam_blend_s = seam_blend_s
         self._send = send
         self._on_stop, self._status = on_stop, status

@@ -173,9 +173,11 @@ class RobotFile:
     streams: Mapping[str, Stream] = field(default_factory=dict)
     observations: Mapping[str, str] = field(default_factory=dict)
     """Field of the policy's observation (`extra/tcp_pose`) to its source, see `deploy/semantics.py`."""
-    servo_lag_s: float = 0.0
-    """Time constant with which targets are approached before they are sent; 0 sends them at once. ManiSkill's joint
-    drives lag behind their targets; a stiff arm needs the lag put in front of it."""
+    trained_lag_s: float = 0.0
+    """Time constant with which the joint drives that a policy was trained with approach their targets."""
+    arm_lag_s: float = 0.0
+    """How far behind what it is sent this arm is. Commands approach a target with what it lacks of `trained_lag_s`;
+    where it lacks nothing, in a straight line over the control period."""
     stop: Stop = field(default_factory=Stop)
     status_topic: str = "/robopolicy/status"
 

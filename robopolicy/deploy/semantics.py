@@ -91,6 +91,8 @@ def _observation_differences(spec: TaskSpec, robot: RobotFile) -> list[str]:
             source = robot.observations.get(path)
             if source is None:
                 found.append(f"observation {name}: {path} has no source; add it under `observations`")
+            elif modality.is_image and source not in robot.streams:
+                found.append(f"observation {name}: {path}: {source!r} is not a stream")
             elif not modality.is_image and (why := source_width(source, robot, width)):
                 found.append(f"observation {name}: {path}: {why}")
     return found
