@@ -22,8 +22,11 @@ from robopolicy.nn.screen import ModalityScreen
 from robopolicy.nn.unet import ChunkUNet
 from robopolicy.policies.diffusion import DiffusionPolicy
 from robopolicy.policies.engines import build_engine
+from robopolicy.policies.planners import FreshPlanner
+from robopolicy.policies.warm_start import WarmStartPlanner
 from robopolicy.sampling.samplers import DDIMSampler
 from robopolicy.sampling.schedule import NoiseSchedule
+from robopolicy.sampling.warm_start import WarmStart
 from robopolicy.timing import ChunkTiming
 from robopolicy.types import Observation
 
@@ -472,6 +475,17 @@ def test_doubt_finds_streams_that_contradict_the_robot():
     again = ModalityScreen(spec.observation, 2, optional=["objects"], doubt_above=4.0)
     again.load_state_dict(screen.state_dict())
     torch.testing.assert_close(again.eval().doubts(clean)["objects"], usual)
+
+
+def test_planners_say_what_was_missing_and_how_doubtful_it_was():
+    policy = make_policy()
+    obs = observe(policy, 2)
+    objects = obs.modalities["objects"].clone()
+    objects[1] = torch.nan
+    for planner in (FreshPlanner(policy), WarmStartPlanner(policy, 2, warm_start=WarmStart(timesteps=(9, 0)))):
+        planner(changed(obs, objects=objects), torch.arange(2), shift=torch.zeros(2, dtype=torch.int64))
+        assert planner.diagnostics["missing_objects"].tolist() == [0.0, 1.0]
+        assert planner.diagnostics["doubt_objects"].isnan().tolist() == [False, True]
 
 
 # --- guidance -------------------------------------------------------------------------------------------------------

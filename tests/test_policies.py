@@ -34,6 +34,7 @@ SMALLER = {
         "policy.network.frame_width=32",
         "policy.sampler.max_steps=3",
     ],
+    "fdp_paper": ["policy.network.network.down_dims=[16,32,64]", "policy.sampler.num_inference_steps=3"],
     "diffusion_paper": ["policy.network.down_dims=[16,32,64]", "policy.sampler.num_inference_steps=3"],
 }
 """Where the published size would make the tests slow: same parts, fewer channels and steps."""

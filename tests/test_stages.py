@@ -10,6 +10,7 @@ import pytest
 import torch
 from fakes import fake_batch, fake_spec, fit_to_bounds
 
+from robopolicy.errors import RobopolicyError
 from robopolicy.nn.composed import ComposedEncoder, ComposedNetwork
 from robopolicy.nn.encoder import ObservationEncoder
 from robopolicy.nn.mlp import ChunkMLP
@@ -192,9 +193,9 @@ def test_where_stages_end():
     assert stage_ends(100, 1, None) == [100]
     assert stage_ends(100, 3, None) == [33, 67, 100]
     assert stage_ends(100, 2, (0.4, 0.6)) == stage_ends(100, 2, (2, 3)) == [40, 100]
-    with pytest.raises(ValueError, match=r"one share per stage of the policy, 1; got 2"):
+    with pytest.raises(RobopolicyError, match=r"one share per stage of the policy, 1; got 2"):
         stage_ends(100, 1, (0.4, 0.6))
-    with pytest.raises(ValueError, match="without a step"):
+    with pytest.raises(RobopolicyError, match="without a step"):
         stage_ends(1, 2, None)
     with pytest.raises(ValueError, match="positive shares"):
         TrainSettings(num_steps=1, stages=(0.0, 1.0))

@@ -26,6 +26,7 @@ class ObservationEncoder(nn.Module):
         optional: names of the modalities that may be missing in some rows, where they are NaN. Each has a column at
             the end that is 1 where it is missing and all else of it is 0: the weights of that column in the layer that
             follows are a learned null token.
+        prioritised: instead of `optional`, names of the modalities that are always there; all others are optional.
         screen: decides what counts as missing, `ModalityScreen` for example; called with (observation, n_obs_steps,
             optional=...). None believes everything that is no NaN.
     """
@@ -39,6 +40,7 @@ class ObservationEncoder(nn.Module):
         state_width: int | None = None,
         image: Callable[[Sequence[int]], ImageEncoder] = ImageEncoder,
         optional: Sequence[str] = (),
+        prioritised: Sequence[str] | None = None,
         screen: Callable[..., ModalityScreen] | None = None,
     ) -> None:
         super().__init__()
@@ -47,6 +49,8 @@ class ObservationEncoder(nn.Module):
             raise ValueError(
                 f"Modalities to use must be some of {', '.join(observation)}; got {', '.join(names) or None}."
             )
+        if prioritised is not None:
+            optional = [name for name in names if name not in prioritised]
         if not set(optional) <= set(observation):
             raise ValueError(f"optional must be some of {', '.join(observation)}; got {', '.join(optional)}.")
         self.optional = tuple(name for name in optional if name in names)

@@ -110,6 +110,12 @@ class ModalityScreen(nn.Module):
             found[name] = (error @ whiten.T).square().mean(dim=-1).sqrt()
         return found
 
+    def report(self, modalities: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return of each row [B] `missing_<name>`, 0 or 1, and `doubt_<name>` where it is judged."""
+        found = self(modalities)
+        said = {f"missing_{name}": missing_rows(found[name]).float() for name in self.optional}
+        return said | {f"doubt_{name}": doubt for name, doubt in self.doubts(modalities).items()}
+
     def train(self, mode: bool = True) -> ModalityScreen:
         super().train(mode)
         if not mode:

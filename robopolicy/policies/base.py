@@ -51,6 +51,10 @@ class Policy(nn.Module, abc.ABC):
         """Return how often the network runs per chunk without a guess; one unless a method says otherwise."""
         return 1
 
+    def diagnose(self, obs: Observation) -> Mapping[str, Tensor]:
+        """Return what the policy says of each row [B] of an observation before it plans; nothing unless it can."""
+        return {}
+
     @property
     def num_stages(self) -> int:
         """How many parts of it are trained one after the other; see `nn.staged.Staged`."""

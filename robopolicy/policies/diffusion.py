@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from robopolicy.errors import RobopolicyError
 from robopolicy.nn.layers import ahead
+from robopolicy.nn.screen import ModalityScreen
 from robopolicy.policies.base import Policy
 from robopolicy.rng import Rng, randint, randn
 from robopolicy.sampling.prediction import Prediction, check_prediction, target
@@ -197,6 +198,14 @@ class DiffusionPolicy(Policy):
                 x, _ = self._denoise(x, cond, steps, warm_start.clip_sample, generator)
             chunk = self.clip(self.norm.decode("action", x))
         return chunk.clone()
+
+    def diagnose(self, obs: Observation) -> dict[str, Tensor]:
+        """Return which modalities of each row [B] count as missing, and how doubtful they are; see `nn.screen`."""
+        screen = getattr(self.encoder, "screen", None)
+        if not isinstance(screen, ModalityScreen):
+            return {}
+        with torch.no_grad():
+            return screen.report(self.normalized(obs))
 
     def network_calls(self, sampler: Sampler | None = None) -> int:
         """Return how often the network runs per chunk without a guess."""

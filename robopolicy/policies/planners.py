@@ -56,6 +56,7 @@ class FreshPlanner:
 
     def __init__(self, policy: Policy, num_envs: int | None = None) -> None:
         self._policy = policy
+        self._said: Mapping[str, Tensor] = {}
 
     @property
     def spec(self) -> TaskSpec:
@@ -68,11 +69,13 @@ class FreshPlanner:
     @property
     def diagnostics(self) -> Mapping[str, Tensor]:
         found = getattr(self._policy, "last_diagnostics", None)  # policies that think for a time of their own have them
-        return {} if found is None else dict(vars(found))
+        return {**self._said, **({} if found is None else vars(found))}
 
     def __call__(self, obs: Observation, rows: Tensor, *, shift: Tensor, generator: Rng = None) -> Tensor:
         there = next(iter(obs.modalities.values())).device
-        return self._policy.act(obs.to(self._policy.device), generator=generator).to(there)
+        obs = obs.to(self._policy.device)
+        self._said = self._policy.diagnose(obs)
+        return self._policy.act(obs, generator=generator).to(there)
 
     def reset(self, rows: Tensor | None = None) -> None:
         pass

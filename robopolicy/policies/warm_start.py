@@ -135,6 +135,7 @@ class WarmStartPlanner:
             "disagreement": torch.full((len(rows),), torch.nan),
         }
         chunk = self._plan(obs, rows, age, warm, notes, generator)
+        notes.update({name: value.cpu() for name, value in self._policy.diagnose(obs).items()})
         self._keep(rows, chunk, known)
         self.diagnostics = notes
         self._count(notes)

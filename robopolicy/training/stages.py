@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from robopolicy.errors import RobopolicyError
+
 
 def stage_ends(num_steps: int, num_stages: int, shares: Sequence[float] | None) -> list[int]:
     """Return the step after which each stage is over at the latest.
@@ -24,14 +26,16 @@ def stage_ends(num_steps: int, num_stages: int, shares: Sequence[float] | None) 
         shares: of `num_steps`, one per stage; None: equal ones.
 
     Raises:
-        ValueError: there are not as many shares as stages, or a stage would have no step.
+        RobopolicyError: there are not as many shares as stages, or a stage would have no step.
     """
     shares = [1.0] * num_stages if shares is None else list(shares)
     if len(shares) != num_stages:
-        raise ValueError(f"train.stages must have one share per stage of the policy, {num_stages}; got {len(shares)}.")
+        raise RobopolicyError(
+            f"train.stages must have one share per stage of the policy, {num_stages}; got {len(shares)}."
+        )
     ends = [round(num_steps * sum(shares[: k + 1]) / sum(shares)) for k in range(num_stages)]
     if any(end <= start for start, end in zip([0, *ends], ends, strict=False)):
-        raise ValueError(f"{num_steps} steps in the shares {shares} leave a stage without a step.")
+        raise RobopolicyError(f"{num_steps} steps in the shares {shares} leave a stage without a step.")
     return ends
 
 
