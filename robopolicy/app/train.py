@@ -71,6 +71,7 @@ def _train(
     from robopolicy.training import checkpoint
     from robopolicy.training.fit import fit
     from robopolicy.training.interrupt import stop_on_signals
+    from robopolicy.training.stages import stage_ends
 
     last = checkpoint.resolve(run_dir) if (run_dir / "last").exists() else None
     earlier: dict[str, Any] = checkpoint.read_config(last) if last else {"step": 0, "data": {}}
@@ -78,6 +79,7 @@ def _train(
     torch.manual_seed(cfg["seed"])
     policy = build_policy(cfg["policy"], demos.spec)
     policy.norm.fit(demos.limits())
+    ends = stage_ends(settings.num_steps, policy.num_stages, settings.stages)
     ours = {key: cfg["data"][key] for key in ("action_padding", "pad_after")}
     ours |= {"batch_size": settings.batch_size, "device": accelerator.device}
     trained = cfg["train"] | {"seed": cfg["seed"], "command": cfg["command"]}
@@ -86,8 +88,9 @@ def _train(
     if accelerator.is_main_process:
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         where = f"cpu, {torch.get_num_threads()} thread(s)" if accelerator.device.type == "cpu" else accelerator.device
+        stages = f" Stages end at steps {', '.join(map(str, ends))}, or earlier." if len(ends) > 1 else ""
         print(
-            f"{run_dir}: {demos.num_episodes} episodes, {demos.num_frames:,} frames, {size:.2f} M weights, on {where}."
+            f"{run_dir}: {demos.num_episodes} episodes, {demos.num_frames:,} frames, {size:.2f} M weights, on {where}.{stages}"
         )
     began_s = time.perf_counter()
     with stop_on_signals() as stop, _Reports(cfg, settings, run_dir, earlier["step"], accelerator) as reports:
