@@ -288,6 +288,32 @@ def test_a_loop_that_fails_stops_the_arm(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rig.arm.stops
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_missed_deadlines_say_whether_the_processor_was_elsewhere(monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
+    rig = Rig(joint_spec(), panda(watchdogs__loop_overrun_s=9.0, watchdogs__state_age_s=9.0))
+    calls = 0
+
+    def delay(now_s: float) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            rig.loop.close()
+        until_s = time.process_time() + 0.03
+        while busy and time.process_time() < until_s:
+            pass
+        if not busy:
+            time.sleep(0.03)
+
+    monkeypatch.setattr(rig.playlist, "slot", delay)
+    rig.loop.run()
+    stats = rig.loop.stats
+    assert stats.missed >= 18
+    if busy:
+        assert stats.missed_without_cpu < stats.missed  # what the machine takes from the test comes on top
+    else:
+        assert stats.missed_without_cpu == stats.missed
+
+
 UP = LinkStatus(connected=True, data_age_s=0.0, ping_s=0.01, generation=1)
 
 

@@ -280,7 +280,8 @@ def _say_summary(summary: Mapping[str, Any], console: Console) -> None:
     late, plan = summary["jitter_ms"], summary["inference_ms"]
     console.print(
         f"loop: {summary['turns']} turns, late by {late['median']:.2f} ms (p99 {late['p99']:.2f}, "
-        f"max {late['max']:.1f}), {summary['missed_deadlines']} deadlines missed"
+        f"max {late['max']:.1f}), {summary['missed_deadlines']} deadlines missed ({summary['missed_without_cpu']} "
+        "for want of a processor)"
     )
     if plan:
         age = summary["observation_age_ms"]

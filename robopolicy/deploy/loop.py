@@ -43,6 +43,8 @@ class LoopStats:
     """Deadlines that were left out because the loop was more than a period late."""
     late_s: Floats = field(default_factory=lambda: np.zeros(KEPT_TURNS, np.float32))
     work_s: Floats = field(default_factory=lambda: np.zeros(KEPT_TURNS, np.float32))
+    missed_without_cpu: int = 0
+    """Of these, those before which this process got the processor for less than half of the time: a busy machine."""
     holds: int = 0
     seams_rad: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     """Jump of the joint target at each new plan, against what the plan before wanted of the same moment."""
@@ -156,7 +158,7 @@ class ControlLoop:
     # ---- the thread --------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Turn at every period until closed. Deadlines that passed are left out, not caught up with."""
-        deadline_s = time.monotonic()
+        deadline_s, cpu_s = time.monotonic(), time.process_time()
         try:
             while not self._closed.is_set():
                 now_s = time.monotonic()
@@ -166,7 +168,9 @@ class ControlLoop:
                 late_s = now_s - deadline_s
                 self.turn(now_s, late_s)
                 missed = int(late_s / self._period_s)
+                used_s, cpu_s = time.process_time() - cpu_s, time.process_time()
                 self.stats.missed += missed
+                self.stats.missed_without_cpu += missed if used_s < 0.5 * late_s else 0
                 deadline_s += (1 + missed) * self._period_s
         except Exception as error:  # whatever it is: without a loop the arm must stop
             self._on_stop(f"the control loop failed: {type(error).__name__}: {error}")

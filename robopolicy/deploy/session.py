@@ -252,6 +252,7 @@ class Session:
         return {
             "turns": stats.turns,
             "missed_deadlines": stats.missed,
+            "missed_without_cpu": stats.missed_without_cpu,
             "jitter_ms": stats.jitter_ms(),
             "plans": runner.plans,
             "inference_ms": _spread_ms(runner.latencies_s),
