@@ -2,7 +2,8 @@
 
     python scripts/deploy_soak.py --minutes 10 --out docs/deploy_soak.json
 
-The two processes share the machine with whatever else runs on it: the load average is part of the result.
+The two processes share the machine with whatever else runs on it: the load average is part of the result. On a busy
+machine `chrt -f 5 python scripts/deploy_soak.py ...` puts both before everything else.
 """
 
 from __future__ import annotations
@@ -40,7 +41,16 @@ def main() -> None:
             load.append(os.getloadavg()[0])
     assert process.stdout is not None
     said = json.loads(process.stdout.read())
-    kept = ("turns", "missed_deadlines", "jitter_ms", "plans", "inference_ms", "observation_age_ms", "underruns")
+    kept = (
+        "turns",
+        "missed_deadlines",
+        "missed_without_cpu",
+        "jitter_ms",
+        "plans",
+        "inference_ms",
+        "observation_age_ms",
+        "underruns",
+    )
     settled = memory[len(memory) // 5 :]
     result = {
         "minutes": given.minutes,
@@ -49,6 +59,7 @@ def main() -> None:
         "rss_mib_at_the_end": settled[-1],
         "load_average": {"least": min(load), "most": max(load)},
         "cores": os.cpu_count(),
+        "scheduling": {os.SCHED_OTHER: "normal", os.SCHED_FIFO: "real-time (chrt -f)"}[os.sched_getscheduler(0)],
     }
     text = json.dumps(result, indent=2) + "\n"
     print(text, end="")

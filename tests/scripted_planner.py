@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ideal_arm import PANDA, panda
 from torch import Tensor
 
 from robopolicy.rng import Rng
 from robopolicy.timing import ChunkTiming
 from robopolicy.types import ActionSpec, ModalitySpec, Observation, TaskSpec
-from tests.ideal_arm import PANDA, panda
 
 ZOO = Path(__file__).parents[1] / "checkpoints" / "zoo" / "pick_cube-diffusion" / "policy.json"
 TIMING = ChunkTiming(n_obs_steps=2, horizon=16, n_action_steps=8)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Finished
+from deploy_peers import StillArm, robot_data
+from ideal_arm import PANDA
 
 from robopolicy.deploy.faults import Faults
 from robopolicy.deploy.robot import RobotFile
 from robopolicy.deploy.sim_robot import SimRobot
 from robopolicy.deploy.sim_server import RosbridgeServer
-from tests.conftest import Finished
-from tests.deploy_peers import StillArm, robot_data
-from tests.ideal_arm import PANDA
 
 ZOO = Path(__file__).parents[1] / "checkpoints" / "zoo" / "pick_cube-diffusion"
 Cli = Callable[..., Finished]

@@ -16,6 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Finished
+from deploy_peers import HOME, StillArm, robot_data
+from ideal_arm import Memory, panda
+from made_up_time import Clock, DelayedRobot, play
+from scripted_planner import ScriptedPlanner, joint_spec, stay
 
 from robopolicy.deploy.faults import Faults
 from robopolicy.deploy.remote import RemoteRobot
@@ -23,11 +28,6 @@ from robopolicy.deploy.robot import RobotFile
 from robopolicy.deploy.session import Session
 from robopolicy.deploy.sim_robot import SimRobot
 from robopolicy.deploy.sim_server import Quirks, RosbridgeServer
-from tests.conftest import Finished
-from tests.deploy_peers import HOME, StillArm, robot_data
-from tests.ideal_arm import Memory, panda
-from tests.made_up_time import Clock, DelayedRobot, play
-from tests.scripted_planner import ScriptedPlanner, joint_spec, stay
 
 ZOO = Path(__file__).parents[1] / "checkpoints" / "zoo" / "pick_cube-diffusion"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from ideal_arm import REST, panda
 
 from robopolicy.deploy.contract import Floats
 from robopolicy.deploy.kinematics import CHAINS, find_chain
@@ -15,7 +16,6 @@ from robopolicy.deploy.limits import SafetyFilter, clamp_names
 from robopolicy.deploy.observations import tool_pose
 from robopolicy.deploy.robot import RobotFile
 from robopolicy.errors import UnknownNameError
-from tests.ideal_arm import REST, panda
 
 CHAIN = CHAINS["panda"]
 DT = 0.01

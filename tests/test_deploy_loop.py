@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ideal_arm import REST, IdealArm, Memory, panda
+from scripted_planner import ScriptedPlanner, joint_spec, pick_cube_spec, stay
 
 from robopolicy.deploy.contract import Floats, LinkStatus
 from robopolicy.deploy.playback import TimedPlan
@@ -16,8 +18,6 @@ from robopolicy.deploy.robot import RobotFile, Watchdogs
 from robopolicy.deploy.session import Session
 from robopolicy.deploy.watchdog import Vitals, why_stop
 from robopolicy.types import TaskSpec
-from tests.ideal_arm import REST, IdealArm, Memory, panda
-from tests.scripted_planner import ScriptedPlanner, joint_spec, pick_cube_spec, stay
 
 DT = 0.01
 POSE = np.array([0.05, 0.0, 0.02, 1.0, 0.0, 0.0, 0.0])

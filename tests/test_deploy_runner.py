@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ideal_arm import PANDA, REST, IdealArm, Memory, panda
+from scripted_planner import ScriptedPlanner, joint_spec, pick_cube_spec, stay
 from torch import Tensor
 
 from robopolicy.deploy.contract import Floats, RobotState
@@ -24,8 +26,6 @@ from robopolicy.deploy.semantics import ActionConverter, GripperLogic, euler_qua
 from robopolicy.deploy.session import Session
 from robopolicy.errors import RobopolicyError, SpecMismatchError, UnknownNameError
 from robopolicy.types import ModalitySpec, Observation, TaskSpec
-from tests.ideal_arm import PANDA, REST, IdealArm, Memory, panda
-from tests.scripted_planner import ScriptedPlanner, joint_spec, pick_cube_spec, stay
 
 CHAIN = CHAINS["panda"]
 PICK = pick_cube_spec()
