@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import fake_batch, fake_spec, fit_to_bounds
+from omegaconf import OmegaConf
 
+from robopolicy.app import composing
+from robopolicy.app.train_order import choose_order, wants_order
+from robopolicy.data import EpisodeStore
 from robopolicy.errors import RobopolicyError
 from robopolicy.nn.composed import ComposedEncoder, ComposedNetwork
 from robopolicy.nn.encoder import ObservationEncoder
@@ -222,3 +226,33 @@ def test_only_what_learns_is_given_to_the_optimiser():
         assert all(is_base(name) == (stage == 0) for name in names)
         assert policy.train().network.networks[0].training == (stage == 0)
         assert policy.encoder.encoders[0].training == (stage == 0)
+
+
+def test_an_order_is_found_by_held_out_loss(tmp_path, monkeypatch, capsys):
+    """Actions follow from the objects alone: these must come first."""
+    demos, held_out = store_of(40, seed=0), store_of(8, seed=1)
+    config = composing.compose("train", ["policy=fdp", "policy.network.network.width=32", "policy.encoder.order=auto"])
+    cfg = OmegaConf.to_container(config, resolve=True)
+    assert wants_order(cfg["policy"])
+    settings = TrainSettings(num_steps=200, batch_size=64, lr=3e-3, warmup_steps=5)
+    chosen = choose_order(cfg, settings, demos, held_out, make_accelerator(settings))
+    assert chosen["encoder"]["order"] == [["objects"]]
+    assert chosen["network"] == cfg["policy"]["network"]
+    assert not wants_order(chosen)
+    said = capsys.readouterr().err
+    assert "order: objects first, then proprio." in said
+    assert said.count("0.") >= 3
+
+
+def store_of(num_episodes: int, *, seed: int) -> EpisodeStore:
+    """Episodes of 20 steps whose actions are four numbers of the objects, which stay; proprioception is noise."""
+    draw = torch.Generator().manual_seed(seed)
+    objects = (2 * torch.rand(num_episodes, 5, generator=draw) - 1).repeat_interleave(20, dim=0)
+    return EpisodeStore(
+        spec=SPEC,
+        modalities={"proprio": 2 * torch.rand(len(objects), 9, generator=draw) - 1, "objects": objects},
+        action=torch.clamp(objects[:, :4], torch.tensor(SPEC.action.low), torch.tensor(SPEC.action.high)),
+        episode_ends=torch.arange(20, len(objects) + 1, 20),
+        seeds=torch.arange(num_episodes),
+        success=torch.ones(num_episodes, dtype=torch.bool),
+    )

@@ -24,10 +24,17 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
         "another network on another task, once per seed",
     ),
     (
+        "robopolicy train policy=fdp policy.encoder.order=auto train.val_fraction=0.1",
+        "a factorised policy: finds which modality to build on, then the others add to it",
+    ),
+    (
         "robopolicy train resume=true run=pick_cube-diffusion-s1",
         "go on after Ctrl-C, kill or power loss; the result is that of an uninterrupted run",
     ),
 )
+
+ORDER_HELD_OUT = 0.1
+"""Share of the episodes that an order is judged by where train.val_fraction holds out none."""
 
 
 def run(cfg: DictConfig) -> dict[str, Any] | int:
@@ -67,6 +74,7 @@ def _train(
     import torch
 
     from robopolicy.app.build import build_policy
+    from robopolicy.app.train_order import choose_order, wants_order
     from robopolicy.data import batches
     from robopolicy.training import checkpoint
     from robopolicy.training.fit import fit
@@ -76,6 +84,10 @@ def _train(
     last = checkpoint.resolve(run_dir) if (run_dir / "last").exists() else None
     earlier: dict[str, Any] = checkpoint.read_config(last) if last else {"step": 0, "data": {}}
     demos, held_out, about = _demonstrations(cfg, settings, run_dir, recorded=earlier["data"].get("fingerprint"))
+    if wants_order(cfg["policy"]):
+        known = (demos, held_out) if held_out is not None else _split(demos, ORDER_HELD_OUT)
+        assert known[1] is not None
+        cfg["policy"] = choose_order(cfg, settings, known[0], known[1], accelerator)
     torch.manual_seed(cfg["seed"])
     policy = build_policy(cfg["policy"], demos.spec)
     policy.norm.fit(demos.limits())
@@ -89,9 +101,8 @@ def _train(
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         where = f"cpu, {torch.get_num_threads()} thread(s)" if accelerator.device.type == "cpu" else accelerator.device
         stages = f" Stages end at steps {', '.join(map(str, ends))}, or earlier." if len(ends) > 1 else ""
-        print(
-            f"{run_dir}: {demos.num_episodes} episodes, {demos.num_frames:,} frames, {size:.2f} M weights, on {where}.{stages}"
-        )
+        data = f"{demos.num_episodes} episodes, {demos.num_frames:,} frames"
+        print(f"{run_dir}: {data}, {size:.2f} M weights, on {where}.{stages}")
     began_s = time.perf_counter()
     with stop_on_signals() as stop, _Reports(cfg, settings, run_dir, earlier["step"], accelerator) as reports:
         done = fit(
