@@ -362,6 +362,25 @@ def test_the_emergency_stop_acts_at_once_and_only_a_person_arms_again(open_sessi
     np.testing.assert_allclose(arm.sent[count][1], arm.position, atol=1e-3)
 
 
+def test_a_stop_that_comes_while_arming_has_the_last_word(
+    open_session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = joint_spec("pd_joint_delta_pos")
+    session = open_session(ScriptedPlanner(spec, stay(spec)))
+    arm = session._robot
+    assert isinstance(arm, IdealArm)
+    session.end()
+
+    def rearm() -> None:
+        arm.press_estop()
+        arm._armed = True
+
+    monkeypatch.setattr(arm, "rearm", rearm)
+    assert "emergency stop" in session.begin()
+    assert not arm.armed
+    assert session.loop.phase == "stopped"
+
+
 def test_a_lost_link_stops_and_its_return_changes_nothing(open_session: Callable[..., Session]) -> None:
     spec = joint_spec("pd_joint_delta_pos")
     session = open_session(ScriptedPlanner(spec, stay(spec)))

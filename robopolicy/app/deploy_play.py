@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import select
 import signal
 import sys
@@ -124,20 +125,29 @@ def _watched(
 
 @contextlib.contextmanager
 def _signals(session: Session) -> Iterator[threading.Event]:
-    """Stop the robot at once on Ctrl-C, SIGTERM and SIGHUP; the event says that it is time to leave."""
+    """Stop the robot at once on Ctrl-C, SIGTERM and SIGHUP; the event says that it is time to leave.
+
+    A thread of its own does it: a handler runs in the midst of whatever the main thread does, locks held and all.
+    """
     left = threading.Event()
+    arrived: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def stop(number: int, frame: object) -> None:
-        session.stop(signal.Signals(number).name)
-        left.set()
+    def stop() -> None:
+        while name := arrived.get():
+            session.stop(name)
+            left.set()
 
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {name: signal.signal(name, stop) for name in names}
+    stopper = threading.Thread(target=stop, name="signals", daemon=True)
+    stopper.start()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, lambda number, _: arrived.put(signal.Signals(number).name)) for n in numbers}
     try:
         yield left
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        arrived.put("")
+        stopper.join(1.0)
 
 
 def _say_limits(file: RobotFile, session: Session, console: Console) -> None:

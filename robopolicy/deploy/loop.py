@@ -131,7 +131,7 @@ class ControlLoop:
         self._last_turn_s = self._status_at_s = -math.inf
         self._last_state: RobotState | None = None
         self._closed = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's stop may come while this very thread arms
 
     # ---- from other threads ------------------------------------------------------------------------------------------
     def arm(self, measured: Floats) -> None:

@@ -89,7 +89,7 @@ class Session:
         """What is being done, for people."""
         self._robot, self._recorders = robot, list(recorders)
         self._seed = 0
-        self._stopping = threading.Lock()
+        self._stopping = threading.RLock()
         chain, period_s = find_chain(file.kinematics), spec.action.control_dt_s / speed
         self.playlist = Playlist()
         self.builder = ObservationBuilder(
@@ -158,7 +158,9 @@ class Session:
         self._event("reset", "the policy remembers nothing")
         self.loop.arm(state.position)
         self.runner.start(seed)
-        return ""
+        if self.stopped.is_set():  # a stop that came while this armed has the last word
+            self.stop(self.stop_reason)
+        return self.stop_reason
 
     def begin_within(self, timeout_s: float, seed: int = 0) -> str:
         """`begin` as soon as the robot is ready; return why not after `timeout_s`."""
