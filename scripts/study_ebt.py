@@ -47,6 +47,8 @@ ROWS = Path(__file__).parents[1] / "docs" / "ebt.json"
 WEIGHTS = Path("checkpoints") / "study_ebt"
 TASKS = ("two_goal", "pick_cube", "stack_cube", "push_cube")
 FIRST_SEED = 10_000
+FRESH_SEED = 20_000
+"""First seed of the episodes on which failure prediction is confirmed: none of them chose a signal or its sign."""
 NUM_ENVS = 25
 
 
@@ -111,8 +113,8 @@ ARMS = {
 }
 
 
-PERTURBED = ("4 steps", "20 steps", "DDPM-100", "DDIM-10", "-")
-"""Samplers that are also evaluated under perturbations."""
+PERTURBED = ("4 steps", "DDPM-100", "DDIM-10", "-")
+"""Samplers that are also evaluated under perturbations and for further training seeds."""
 
 
 class Disagreeing(FreshPlanner):
@@ -236,7 +238,12 @@ def interleaved_ms(calls: Mapping[str, Callable[[], object]], rounds: int = 30) 
 
 
 def measure(
-    task: str, policy: Policy, n_episodes: int, planner: FreshPlanner | None = None, shift: str = "clean"
+    task: str,
+    policy: Policy,
+    n_episodes: int,
+    planner: FreshPlanner | None = None,
+    shift: str = "clean",
+    first_seed: int = FIRST_SEED,
 ) -> dict[str, Any]:
     """Evaluate `policy` on the study's seeds, perturbed by `shift`; return its outcomes."""
     env = envs.make(task, num_envs=NUM_ENVS, backend="cpu", max_episode_steps=policy.spec.max_episode_steps)
@@ -253,7 +260,7 @@ def measure(
 
     env.step = noted  # type: ignore[method-assign]
     result = evaluate(
-        ChunkActor(planner or FreshPlanner(policy), NUM_ENVS), env, seeds=range(FIRST_SEED, FIRST_SEED + n_episodes)
+        ChunkActor(planner or FreshPlanner(policy), NUM_ENVS), env, seeds=range(first_seed, first_seed + n_episodes)
     )
     env.close()
     row: dict[str, Any] = {
@@ -274,10 +281,11 @@ def measure(
 
 
 def study(task: str, name: str, *, cpu_s: float, seed: int, n_episodes: int, shift: str = "clean") -> None:
-    """Train and evaluate one arm on one task; append its rows. Perturbed, only with the sampler of PERTURBED."""
+    """Train and evaluate one arm on one task; append its rows. Perturbed or of further seeds, only with PERTURBED."""
     arm = ARMS[name]
     key = {"task": task, "arm": name, "cpu_s": cpu_s, "seed": seed, "shift": shift}
-    labels = [label for label in arm.samplers if shift == "clean" or label in PERTURBED]
+    main_only = shift != "clean" or seed > 1
+    labels = [label for label in arm.samplers if not main_only or label in PERTURBED]
     todo = [label for label in labels if not _finished({**key, "sampler": label})]
     if not todo:
         return
@@ -318,7 +326,7 @@ def uncertainty(task: str, shifts: Sequence[str], *, cpu_s: float, seed: int, n_
     policy, _ = trained(task, "ebt", cpu_s, seed)
     pooled: list[dict[str, Any]] = []
     for shift in ("clean", *shifts):
-        row = measure(task, policy, n_episodes, Disagreeing(policy), shift)
+        row = measure(task, policy, n_episodes, Disagreeing(policy), shift, FRESH_SEED)
         pooled += row["episodes"]
         found = {"success_once": row["success_once"], "failure_prediction": failure_prediction(row["episodes"])}
         rows = _read()

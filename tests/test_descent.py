@@ -200,7 +200,7 @@ def test_the_energy_after_one_step_is_the_baseline():
     assert (seen.energy[1] - seen.energy[0]).item() == pytest.approx(100.0)
     assert seen.energy_drop[0].item() == pytest.approx(seen.energy_drop[1].item(), abs=1e-4)
     # x halves at each step: energies at 1, 1/2, 1/4, 1/8 of 3 ones
-    assert seen.energy_drop[0].item() == pytest.approx(1.5 * (1 / 64 - 1 / 4), abs=1e-4)
+    assert seen.energy_drop[0].item() == pytest.approx(1.5 * (1 / 4 - 1 / 64), abs=1e-4)
     assert seen.gradient_norm[0].item() == pytest.approx(3**0.5 / 8)
     assert seen.to_rows()[0]["num_steps"] == 4
 

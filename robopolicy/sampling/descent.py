@@ -142,8 +142,8 @@ class Diagnostics:
     energy: Tensor
     """[B], at the last point where it was evaluated."""
     energy_drop: Tensor
-    """[B], `energy` minus the energy after one step from the same start. Energies of different observations differ by
-    a free offset, this difference does not."""
+    """[B], by how much the energy fell after the first step: a sure descent is as good as there by then. Energies of
+    different observations differ by a free offset, this difference does not."""
     gradient_norm: Tensor
     """[B], of the energy at that last point."""
     num_steps: Tensor
@@ -323,7 +323,7 @@ class _State:
     def diagnostics(self) -> Diagnostics:
         return Diagnostics(
             energy=self.energy,
-            energy_drop=self.energy - self.baseline,
+            energy_drop=self.baseline - self.energy,
             gradient_norm=self.norm,
             num_steps=self.num_steps,
         )
