@@ -89,12 +89,12 @@ class SafetyFilter:
         """[J] rad: what was sent last."""
         return self._last
 
-    def reset(self, measured: Floats) -> None:
-        """Start anew at rest at the `measured` position [J], with the ramp."""
+    def reset(self, measured: Floats, *, ramp: bool = True) -> None:
+        """Start anew at rest at the `measured` position [J], with the ramp or at full speed."""
         self._last[:] = measured
         self._last_velocity[:] = 0.0
         self._last_acceleration[:] = 0.0
-        self._since_arming_s, self._first = 0.0, True
+        self._since_arming_s, self._first = 0.0 if ramp else self.safety.ramp_in_s, True
         self.rejections_in_a_row = self.clamps_in_a_row = 0
 
     def step(

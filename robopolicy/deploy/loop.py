@@ -277,7 +277,7 @@ class ControlLoop:
             self._note_seam(old.plan, target, measured, now_s)
         if not self._send:
             self._compare_shadow(state.position)
-            self.safety.reset(state.position)
+            self.safety.reset(state.position, ramp=False)
         self._target[:] = target
         self._targets.append((slot.due_s, target))
         self._slot = slot
