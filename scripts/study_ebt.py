@@ -117,13 +117,18 @@ PERTURBED = ("4 steps", "DDPM-100", "DDIM-10", "-")
 """Samplers that are also evaluated under perturbations and for further training seeds."""
 
 
+EARLY_PLANS = 3
+"""Plans of an episode, 24 control steps, from which its end is foretold: most failures come later."""
+
+
 class Disagreeing(FreshPlanner):
-    """Adds the spread of further samples to what the policy says of its plans."""
+    """Adds the spread of further samples to what the policy says of its plans, and keeps what it said of early ones."""
 
     def __init__(self, policy: Policy, num_samples: int = 4) -> None:
         super().__init__(policy)
         self._acting, self._count = policy, num_samples
         self._spread: torch.Tensor | None = None
+        self._early: list[list[Mapping[str, torch.Tensor]]] = []
 
     @property
     def diagnostics(self) -> Mapping[str, torch.Tensor]:
@@ -132,12 +137,30 @@ class Disagreeing(FreshPlanner):
             said["disagreement"] = self._spread
         return said
 
+    def reset(self, rows: torch.Tensor | None = None) -> None:
+        self._early.append([])
+
     def __call__(
         self, obs: Observation, rows: torch.Tensor, *, shift: torch.Tensor, generator: Rng = None
     ) -> torch.Tensor:
         others = torch.stack([self._acting.act(obs) for _ in range(self._count)])
         self._spread = others.std(dim=0).mean(dim=(1, 2))
-        return super().__call__(obs, rows, shift=shift, generator=generator)
+        chunk = super().__call__(obs, rows, shift=shift, generator=generator)
+        if len(self._early[-1]) < EARLY_PLANS:
+            self._early[-1].append(self.diagnostics)
+        return chunk
+
+    def early(self, episodes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return `episodes` with the means over their first EARLY_PLANS plans for diagnostics."""
+        waves = [wave for wave in self._early if wave]
+        columns = {
+            name: torch.cat([torch.stack([said[name].float() for said in wave]).mean(dim=0) for wave in waves]).tolist()
+            for name in waves[0][0]
+        }
+        return [
+            {"success": row["success"], "diagnostics": {name: values[i] for name, values in columns.items()}}
+            for i, row in enumerate(episodes)
+        ]
 
 
 def fit(task: str, arm: Arm, cpu_s: float, seed: int) -> tuple[Policy, dict[str, Any]]:
@@ -324,19 +347,20 @@ def timing(task: str, names: Sequence[str], cpu_s: float, seed: int) -> None:
 def uncertainty(task: str, shifts: Sequence[str], *, cpu_s: float, seed: int, n_episodes: int) -> None:
     """Ask which signal of the default policy tells failures: on clean episodes and on perturbed ones together."""
     policy, _ = trained(task, "ebt", cpu_s, seed)
-    pooled: list[dict[str, Any]] = []
+    pooled: dict[str, list[dict[str, Any]]] = {"whole_episode": [], "first_plans": []}
     for shift in ("clean", *shifts):
-        row = measure(task, policy, n_episodes, Disagreeing(policy), shift, FRESH_SEED)
-        pooled += row["episodes"]
-        found = {"success_once": row["success_once"], "failure_prediction": failure_prediction(row["episodes"])}
+        planner = Disagreeing(policy)
+        row = measure(task, policy, n_episodes, planner, shift, FRESH_SEED)
+        parts = {"whole_episode": row["episodes"], "first_plans": planner.early(row["episodes"])}
+        found = {name: failure_prediction(episodes) for name, episodes in parts.items()}
+        for name, episodes in parts.items():
+            pooled[name] += episodes
         rows = _read()
-        rows.setdefault("uncertainty", {}).setdefault(task, {})[shift] = {"n_episodes": n_episodes, **found}
-        rows["uncertainty"][task]["pooled"] = {
-            "n_episodes": len(pooled),
-            "failure_prediction": failure_prediction(pooled),
-        }
+        mine = rows.setdefault("uncertainty", {}).setdefault(task, {})
+        mine[shift] = {"n_episodes": n_episodes, "success_once": row["success_once"], **found}
+        mine["pooled"] = {name: failure_prediction(episodes) for name, episodes in pooled.items()}
         _write(rows)
-        print(task, shift, json.dumps(found), flush=True)
+        print(task, shift, json.dumps(mine[shift]), flush=True)
 
 
 def table(shift: str = "clean") -> str:
@@ -351,8 +375,8 @@ def table(shift: str = "clean") -> str:
         lines += [
             f"**{task}** ({mine[0]['n_episodes']} episodes per seed, training seeds {', '.join(map(str, seeds))})",
             "",
-            "| arm | sampler | success | 95 % | at end | goals left / right | less DDPM-100, points "
-            "| less MSE-BC, points | updates | forward-equivalents | ms |",
+            "| arm | sampler | success | 95 % | at end | goals left / right | against DDPM-100, points "
+            "| against MSE-BC, points | updates | forward-equivalents | ms |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name, arm in ARMS.items():
