@@ -102,7 +102,8 @@ class ComposedEncoder(Staged):
         """Return [B, D]: the weight of each residual stack, then what each stack up to the stage sees."""
         if self.screen is not None:
             modalities = self.screen(modalities, generator=generator)
-        parts = [encoder(modalities, generator=generator) for encoder in self.encoders[: self.stage + 1]]
+        active = list(self.encoders)[: self.stage + 1]
+        parts = [encoder(modalities, generator=generator) for encoder in active]
         return torch.cat([self._weights(modalities, parts[0]), *parts], dim=-1)
 
     def _weights(self, modalities: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ class ComposedNetwork(Staged, ChunkNetwork):
                 self.injections.append(nn.ModuleList(stack.injections()))
                 stack.drop_head()
             elif composition == "output":
-                last = getattr(stack, stack.HEAD[-1])
+                last: Any = getattr(stack, stack.HEAD[-1])
                 zero_(last[-1] if isinstance(last, nn.Sequential) else last)
         self.set_stage(0)
 
@@ -221,7 +222,7 @@ class ComposedNetwork(Staged, ChunkNetwork):
 
     def _active(self) -> list[BlockNetwork]:
         """Return the stacks up to the present stage."""
-        return list(self.networks)[: self.stage + 1]  # type: ignore[arg-type]
+        return list(self.networks)[: self.stage + 1]  # type: ignore[return-value]
 
 
 class GuidedEncoder(ObservationEncoder):
