@@ -56,6 +56,7 @@ class ComposedEncoder(Staged):
     """
 
     order: Tensor
+    residual_weight: Tensor
 
     def __init__(
         self,
@@ -162,7 +163,8 @@ class ComposedNetwork(Staged, ChunkNetwork):
                 stack.drop_head()
             elif composition == "output":
                 last: Any = getattr(stack, stack.HEAD[-1])
-                zero_(last[-1] if isinstance(last, nn.Sequential) else last)
+                tail: Any = last[-1] if isinstance(last, nn.Sequential) else last
+                zero_(tail)
         self.set_stage(0)
 
     def stacks(self) -> Sequence[Sequence[nn.Module]]:
