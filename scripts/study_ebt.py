@@ -371,13 +371,12 @@ def table(shift: str = "clean") -> str:
         mine = [row for row in rows["rows"] if row["task"] == task and row.get("shift", "clean") == shift]
         if not mine:
             continue
-        seeds = sorted({row["seed"] for row in mine})
         lines += [
-            f"**{task}** ({mine[0]['n_episodes']} episodes per seed, training seeds {', '.join(map(str, seeds))})",
+            f"**{task}**, {mine[0]['n_episodes']} episodes per training seed",
             "",
-            "| arm | sampler | success | 95 % | at end | goals left / right | against DDPM-100, points "
+            "| arm | sampler | success | 95 % | n | at end | goals left / right | against DDPM-100, points "
             "| against MSE-BC, points | updates | forward-equivalents | ms |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name, arm in ARMS.items():
             for label in arm.samplers:
@@ -391,16 +390,42 @@ def table(shift: str = "clean") -> str:
     return "\n".join(lines)
 
 
+def uncertainty_table() -> str:
+    """Return the AUROCs as Markdown: one row per signal, two columns per condition."""
+    lines = []
+    for task, conditions in _read().get("uncertainty", {}).items():
+        names = [name for name in conditions if name != "pooled" and conditions[name].get("whole_episode")]
+        columns = [(name, part) for name in names for part in ("whole_episode", "first_plans")]
+        heads = [f"{name}, {part.replace('_', ' ')}" for name, part in columns]
+        failed = ", ".join(f"{name} {1 - conditions[name]['success_once']:.0%}" for name in names)
+        lines += [
+            f"**{task}**, failed: {failed}",
+            "",
+            f"| signal | {' | '.join(heads)} |",
+            "|---" * (len(heads) + 1) + "|",
+        ]
+        for signal in ("energy_drop", "gradient_norm", "disagreement", "energy", "num_steps"):
+            cells = []
+            for name, part in columns:
+                found = conditions[name][part].get(signal)
+                cells.append("-" if found is None else "{:.2f} ({:.2f}-{:.2f})".format(found["auroc"], *found["ci95"]))
+            lines.append(f"| {signal} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def _difference(same: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], arm: str, sampler: str) -> str:
     """Return the paired difference of success to another arm's rows of the same training seeds, with its interval."""
     counts = [0, 0, 0, 0]
     for row in same:
         other = [r for r in rows if (r["arm"], r["sampler"], r["seed"]) == (arm, sampler, row["seed"])]
         if not other or other[0] is row:
-            return "-"
+            continue
         mine, theirs = set(row["failed_seeds"]), set(other[0]["failed_seeds"])
         found = (len(theirs - mine), len(mine - theirs), len(mine & theirs))  # only mine, only theirs, neither
         counts = [a + b for a, b in zip(counts, (row["n_episodes"] - sum(found), *found), strict=True)]
+    if not any(counts):
+        return "-"
     low, high = paired_difference_interval(*counts)
     return f"{100 * (counts[1] - counts[2]) / sum(counts):+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
 
@@ -416,7 +441,7 @@ def _line(name: str, label: str, same: Sequence[Mapping[str, Any]], against: Seq
         goals = f"{left:.0%} / {right:.0%}"
     calls = statistics.fmean(row["forward_equivalents"] for row in same)
     return (
-        f"| {name} | {label} | {hits / n:.1%} | {low:.0%}-{high:.0%} | {at_end:.1%} | {goals} | "
+        f"| {name} | {label} | {hits / n:.1%} | {low:.0%}-{high:.0%} | {n} | {at_end:.1%} | {goals} | "
         f"{against[0]} | {against[1]} | {same[0]['num_steps']} | {calls:.3g} | {'-' if ms is None else f'{ms:.2f}'} |"
     )
 
@@ -477,6 +502,7 @@ def main() -> None:
         uncertainty(args.uncertainty, args.shifts, cpu_s=args.cpu_s, seed=args.seed, n_episodes=args.episodes)
     if args.table:
         print(table(args.shift))
+        print(uncertainty_table())
 
 
 if __name__ == "__main__":
