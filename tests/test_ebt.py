@@ -250,7 +250,8 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted():
     policy = policy_of().train()
     batch = fake_batch(policy.spec, 3, 2, 8)
     batch.action[0, 0, 0] = torch.nan
-    loss = policy(batch, generator=seeded(0)[0])
+    with pytest.warns(RuntimeWarning, match="is skipped"):
+        loss = policy(batch, generator=seeded(0)[0])
     loss.backward()
     assert loss == 0
     assert policy.num_skipped == 1

@@ -15,6 +15,7 @@ keeps a valley per mode. The energy is told no noise level; it has to see it in 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -141,6 +142,7 @@ class EnergyPolicy(Policy):
                 loss = self._unrolled_loss(clean, context, weight, generator)
         if not bool(torch.isfinite(loss)):
             self.num_skipped += 1
+            warnings.warn("The loss of a batch is not finite; it is skipped.", RuntimeWarning, stacklevel=2)
             loss = torch.stack([p.sum() * 0.0 for p in self.parameters()]).sum()
         return loss
 
@@ -233,13 +235,13 @@ class EnergyPolicy(Policy):
         self, obs: Observation, *, guess: Tensor | None = None, generator: Rng = None
     ) -> tuple[Tensor, Diagnostics]:
         """Return `act`'s chunk and what the descent knew of each row; see Diagnostics."""
+        self.check_inputs(obs, guess)
         with torch.inference_mode(False), torch.no_grad():
             obs = Observation(modalities={name: _ordinary(value) for name, value in obs.modalities.items()})
             context = self._context(obs)
             if guess is None:
                 x, seen = self._from_noise(context, generator)
             else:
-                check_shape("guess", guess, "B H A", B=len(context), H=self.timing.horizon, A=self.spec.action.dim)
                 x, seen = self._from_guess(context, _ordinary(guess), generator)
             self.last_diagnostics = seen
             return self.clip(self.norm.decode("action", x)), seen

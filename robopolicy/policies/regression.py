@@ -65,6 +65,7 @@ class RegressionPolicy(Policy):
         """
         if guess is not None:
             raise RobopolicyError("A regression policy cannot use a guess: it finds each chunk in one pass.")
+        self.check_inputs(obs)
         with torch.inference_mode():
             chunk = self.norm.decode("action", self._chunk(self.encoder(self.normalized(obs))).float())
             chunk = self.clip(chunk)
