@@ -45,6 +45,8 @@ TASKS = ("pick_cube", "push_cube", "stack_cube")
 DEMOS = (10, 25, 50, 100)
 SEEDS = (1, 2)
 SHIFTS = tuple(f"{kind}_objects:{level}" for kind in ("freeze", "noise", "dropout") for level in (1, 2, 3))
+STAGES = "train.stages=[0.25,0.75]"
+NULL = ("policy.encoder.screen.dropout=0.2", "policy.encoder.missing=null")
 DOUBT = "+policy.encoder.screen.doubt_above=4"
 
 
@@ -61,10 +63,10 @@ class Arm:
 
 
 ARMS = {
-    "fdp": Arm(policy="fdp", variants={"doubt": (DOUBT,)}),
-    "fdp_no_dropout": Arm(policy="fdp", overrides=("policy.encoder.screen.dropout=0",)),
-    "fdp_full_base": Arm(policy="fdp", overrides=("train.early_stop=null",)),
-    "fdp_output": Arm(policy="fdp_output", variants={"doubt": (DOUBT,)}),
+    "fdp": Arm(policy="fdp", overrides=(STAGES,), variants={"doubt": (DOUBT,)}),
+    "fdp_dropout_20": Arm(policy="fdp", overrides=(STAGES, *NULL), variants={"doubt": (DOUBT,)}),
+    "fdp_full_base": Arm(policy="fdp", overrides=(STAGES, "train.early_stop=null")),
+    "fdp_output": Arm(policy="fdp_output", overrides=(STAGES,), variants={"doubt": (DOUBT,)}),
     "diffusion": Arm(policy="diffusion"),
     "diffusion_half": Arm(policy="diffusion", share=0.5),
     "diffusion_wide": Arm(policy="diffusion_wide"),
@@ -280,9 +282,10 @@ def read() -> dict[str, Any]:
 
 
 def write(rows: Mapping[str, Any]) -> None:
-    text = json.dumps({key: value for key, value in rows.items() if key != "rows"}, indent=1).rstrip("}\n ")
+    head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in rows.items() if key != "rows"]
     body = ",\n".join("  " + json.dumps(row) for row in rows["rows"])
-    atomic.write_file(ROWS, f'{text}{"," if len(rows) > 1 else ""}\n "rows": [\n{body}\n ]\n}}\n'.encode())
+    text = ",\n".join([*head, f' "rows": [\n{body}\n ]'])
+    atomic.write_file(ROWS, f"{{\n{text}\n}}\n".encode())
 
 
 STUDIES = {"low_data": low_data, "shifts": shifts, "weights": weights, "orders": orders, "cost": cost}

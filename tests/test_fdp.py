@@ -354,6 +354,18 @@ def test_rows_lose_their_modalities_one_by_one():
     torch.testing.assert_close(some[lost], base[lost])
 
 
+def test_a_missing_set_silences_every_stack_that_sees_it():
+    policy = make_policy(camera=True, order=[["proprio"], ["objects"]], stage=2)
+    obs = policy.normalized(observe(policy, 3))
+    for name, weights in (("objects", [0.0, 0.0]), ("rgb.base", [1.0, 0.0])):
+        for cumulative in (True, False):
+            policy.encoder.cumulative = cumulative
+            gone = {**obs, name: torch.full_like(obs[name], torch.nan)}
+            wanted = weights if cumulative else [float(name != "objects"), float(name != "rgb.base")]
+            assert policy.encoder(gone)[:, :2].tolist() == [wanted] * 3
+    assert policy.encoder(obs)[:, :2].tolist() == [[1.0, 1.0]] * 3
+
+
 def test_what_comes_first_must_be_there_and_infinity_is_no_absence():
     policy = make_policy()
     obs = observe(policy)

@@ -21,6 +21,7 @@ of another, and the composition needs no prediction of a certain kind.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -50,8 +51,8 @@ class ComposedEncoder(Staged):
         encoder: factory of a stack's encoder, called with `use` and `optional`.
         screen: factory, see `ObservationEncoder`. With one, all modalities but the first set's may be missing.
         residual_weight: w at run time, one for all residual stacks or one for each; training always has 1.
-        missing: what happens where all that a set adds is missing: `base` leaves its stack out (w = 0), `null` relies
-            on what the stack has learned of null tokens.
+        missing: what happens where something is missing: `base` leaves out the stacks that would see it (w = 0), so
+            that nothing need have been learned for it; `null` relies on null tokens, learned by the screen's dropout.
         cumulative: each stack also sees the sets before its own; otherwise its own alone.
     """
 
@@ -75,6 +76,7 @@ class ComposedEncoder(Staged):
         if missing not in get_args(Missing):
             raise UnknownNameError("missing", missing, get_args(Missing))
         self.missing = missing
+        self.cumulative = cumulative
         later = [name for some in self.sets[1:] for name in some]
         self.optional = tuple(later) if screen is not None else ()
         num_residuals = len(self.sets) - 1
@@ -113,9 +115,9 @@ class ComposedEncoder(Staged):
         weights = self.residual_weight.to(like.dtype).expand(len(like), -1)
         if self.missing == "null" or not self.optional or len(self.sets) == 1:
             return weights
-        gone = [
-            torch.stack([missing_rows(modalities[name]) for name in some], dim=-1).all(dim=-1) for some in self.sets[1:]
-        ]
+        gone = [torch.stack([missing_rows(modalities[n]) for n in some]).any(dim=0) for some in self.sets[1:]]
+        if self.cumulative:  # a stack sees the sets before its own, too
+            gone = list(itertools.accumulate(gone, torch.logical_or))
         return torch.where(torch.stack(gone, dim=-1), 0.0, weights)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
