@@ -7,6 +7,7 @@ published recipe and ours differ in switches, which are fields of `WarmStart` he
              scaled            x = signal * guess
              renoise           x = signal * guess + sigma * noise: distributed as what the network was trained on
              renoise_tail      as renoise, with sigma growing along the chunk: a guess's far end is the least sure
+             noise             pure noise, the guess is ignored: the control that shows what a guess is worth
     stepper  ddpm_relabel      as released: each listed level t steps to t - 1, whatever the next listed one is
              ddpm_posterior    q(x_next | x, clean) of the next LISTED level
              ddim              DDIM along the list
@@ -34,7 +35,7 @@ from robopolicy.sampling.prediction import Prediction
 from robopolicy.sampling.samplers import Step, check_timesteps, ddim_steps, ddpm_steps, posterior_step
 from robopolicy.sampling.schedule import NoiseSchedule
 
-Start = Literal["raw", "scaled", "renoise", "renoise_tail"]
+Start = Literal["raw", "scaled", "renoise", "renoise_tail", "noise"]
 Stepper = Literal["ddpm_relabel", "ddpm_posterior", "ddim"]
 Betas = Literal["matched", "released_default"]
 
@@ -120,6 +121,8 @@ class WarmStart:
         noise = randn(*guess.shape, generator=generator, device=guess.device).to(guess.dtype)
         if self.start == "renoise":
             return torch.add(signal * guess, noise, alpha=sigma)
+        if self.start == "noise":
+            return noise
         growth = torch.linspace(1.0, self.tail_growth, guess.shape[1], dtype=guess.dtype, device=guess.device)
         return signal * guess + (sigma * growth).clamp_max(1.0)[:, None] * noise
 
