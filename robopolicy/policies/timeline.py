@@ -13,7 +13,8 @@ step k + i. It arrives at step k + d. What happens to the first d actions depend
 Paying at once would be exact d steps earlier, but plans that overlap then correct each other's corrections: replanning
 every step one step late, c_{k+1} = a_1 + (a_0 - c_k) rings for ever at best (docs/latency.md). With shares each swing
 is d / (d + 1) of the one before. They are exact where increments add to the previous target (`delta_from="target"`),
-and for increments from the measured state as far as the arm follows each within its step; rotation increments add up to first order.
+and for increments from the measured state as far as the arm follows each within its step; rotation increments add up
+to first order.
 Where the robot has stood still since the observation, nothing has moved and nothing is late: the chunk is played from
 its beginning. This covers the first plan of an episode and every plan of a stop-and-think robot.
 
