@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from fake_runs import add_evaluation, make_run
 from scipy.stats import mannwhitneyu, trim_mean
 
 from robopolicy.errors import RobopolicyError
+from robopolicy.evaluation import aggregate
 from robopolicy.evaluation.aggregate import compare_methods, smallest_p
 from robopolicy.evaluation.comparison import read_saved, score_matrices
 
@@ -102,3 +104,16 @@ def test_matrices_need_every_task_of_every_seed_once(tmp_path):
         score_matrices({"m": [point, other, far]})
     with pytest.raises(RobopolicyError, match="names an evaluation twice"):
         score_matrices({"m": [point, point]})
+
+
+def test_setting_up_logging_anew_does_not_close_a_redirected_standard_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import absl.logging
+
+    with (tmp_path / "err").open("w") as redirected:
+        handler = absl.logging.get_absl_handler().python_handler
+        monkeypatch.setattr(handler, "stream", redirected)  # as if absl were imported while it is redirected
+        aggregate._rliable()
+        handler.close()  # what logging.config does with all handlers
+        redirected.write("still open")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +137,7 @@ def smallest_p(num_a: int, num_b: int) -> float:
 
 
 def _methods(matrices: Mapping[str, np.ndarray], num_resamples: int, seed: int) -> tuple[MethodScore, ...]:
-    from rliable import library, metrics  # imports pandas: a second
+    library, metrics = _rliable()
 
     def iqm(matrix: np.ndarray) -> np.ndarray:
         return np.array([metrics.aggregate_iqm(matrix)])
@@ -159,7 +160,7 @@ def _improvements(
     matrices: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], num_resamples: int, seed: int
 ) -> dict[tuple[str, str], tuple[float, tuple[float, float]]]:
     """Return pair (a, b) to the probability that b improves on a, with its interval."""
-    from rliable import library, metrics
+    library, metrics = _rliable()
 
     scores = {pair: (matrices[pair[1]], matrices[pair[0]]) for pair in pairs}
     with _numpy_seed(seed):
@@ -179,6 +180,19 @@ def _permutation_p(a: np.ndarray, b: np.ndarray, seed: int) -> float:
     rows = (a.mean(axis=1), b.mean(axis=1))
     rng = np.random.default_rng(seed)
     return float(permutation_test(rows, difference, vectorized=True, n_resamples=9999, rng=rng).pvalue)
+
+
+def _rliable() -> tuple[Any, Any]:
+    """Return rliable's `library` and `metrics`.
+
+    They import absl, whose log handler closes the stream that was standard error at the time as soon as logging is set
+    up anew (Hydra's sweeps do). The process's own standard error it leaves alone.
+    """
+    import absl.logging
+    from rliable import library, metrics  # imports pandas: a second
+
+    absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
+    return library, metrics
 
 
 @contextlib.contextmanager
