@@ -63,8 +63,8 @@ def build_policy(config: Mapping[str, Any] | DictConfig, spec: TaskSpec) -> Poli
 def build_planner(config: Mapping[str, Any] | DictConfig, policy: Policy, num_envs: int, folder: Path) -> Planner:
     """Return the planner that `config` (a choice of configs/planner) describes.
 
-    `warm_start.timesteps: null` is filled in by `folder`/calibration.json (see `robopolicy calibrate`) where there is
-    one, else by DEFAULT_TIMESTEPS.
+    `warm_start.timesteps: null` is filled in by `folder`/calibration.json where there is one, else by
+    DEFAULT_TIMESTEPS.
 
     Args:
         policy: what plans; an engine around a policy will do.
@@ -85,7 +85,8 @@ def build_planner(config: Mapping[str, Any] | DictConfig, policy: Policy, num_en
         raise RobopolicyError(f"planner{f'.{where}' if where else ''}: {error.__cause__ or error}") from error
     except (TypeError, ValueError) as error:
         raise RobopolicyError(f"planner: {error}") from error
-    warm_start, schedule = getattr(planner, "warm_start", None), getattr(policy, "schedule", None)
+    warm_start: Any = getattr(planner, "warm_start", None)
+    schedule = getattr(policy, "schedule", None)
     if hasattr(warm_start, "check") and schedule is not None:
         warm_start.check(schedule)  # fails here rather than at the second action
     return planner
@@ -111,8 +112,7 @@ def _calibrated(folder: Path) -> list[int]:
         return [int(level) for level in found]
     except (ValueError, KeyError, TypeError) as error:
         raise RobopolicyError(
-            f"{file} cannot be read: {error!r}. `robopolicy calibrate` writes it anew; "
-            "planner.warm_start.timesteps=[...] does without."
+            f"{file} cannot be read: {error!r}. planner.warm_start.timesteps=[...] does without."
         ) from error
 
 
