@@ -142,7 +142,7 @@ def test_shadow_moves_nothing_and_says_what_it_would_have(
     cli: Cli, bridge: Callable[..., SimRobot], empty_cwd: Path
 ) -> None:
     arm = bridge()
-    shadow = ["mode=shadow", "duration_s=1.0", "live=false", "robot.watchdogs.loop_overrun_s=1"]
+    shadow = ["mode=shadow", "duration_s=2.0", "live=false", "robot.watchdogs.loop_overrun_s=1"]
     done = cli(*words(arm, *shadow), "--json")
     said = json.loads(done.out)
     assert done.code == 0, done.err

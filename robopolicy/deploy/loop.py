@@ -229,6 +229,8 @@ class ControlLoop:
             else:
                 self.phase = "waiting" if self.phase == "waiting" else "holding"
                 self.stats.holds += self.phase == "holding"
+                if not self._send and state is not None:
+                    self._compare_shadow(state.position)
                 self._slot = None
                 out = self.safety.brake(dt_s)
             clamped, rejected = out.clamped, out.rejected
