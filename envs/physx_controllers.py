@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree as etree
 
 import numba
@@ -18,10 +18,11 @@ from robopolicy.errors import RobopolicyError
 
 from . import physx_ik
 from .physx_kinematics import FIXED, PRISMATIC, REVOLUTE, quaternion_product
+from .physx_lanes import LANES
 from .physx_threads import worker_pool
 
-ROWS_PER_TASK = 4
-"""Rows a thread solves at a time; fewer are not worth handing over."""
+ROWS_PER_TASK = 2 * LANES
+"""Rows a thread solves at a time (about 0.13 ms); fewer are not worth handing over."""
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -158,6 +159,53 @@ def _joint_goal(target: NDArray[np.float32], tail: NDArray[np.float64]) -> NDArr
     return out
 
 
+class Follow(NamedTuple):
+    """How an action moves the target pose: from the last one or by itself, in which frames."""
+
+    delta: bool
+    body_shift: bool
+    body_turn: bool
+
+
+@numba.njit(cache=True, nogil=True)
+def _follow(
+    fixed: NDArray[np.float64],
+    kind: NDArray[np.int64],
+    free: NDArray[np.bool_],
+    tail: NDArray[np.float64],
+    columns: NDArray[np.int64],
+    controlled: NDArray[np.int64],
+    place: NDArray[np.int64],
+    delta: bool,
+    body_shift: bool,
+    body_turn: bool,
+    shift: NDArray[np.float32],
+    turn: NDArray[np.float32],
+    before: NDArray[np.float32],
+    qpos: NDArray[np.float32],
+    target_out: NDArray[np.float32],
+    joints_out: NDArray[np.float32],
+) -> None:
+    """Write target poses and joint positions, see `ChainSolver.solve`.
+
+    `columns` [n]: where the chain's joints stand in `qpos`; `controlled` [J]: the same of the controlled ones, which
+    are number `place` [J] of the chain, or -1.
+    """
+    target = _target_pose(shift, turn, before, delta, body_shift, body_turn)
+    goal = _joint_goal(target, tail)
+    start, found = np.empty((len(qpos), len(columns))), np.empty((len(qpos), len(columns)))
+    for i in range(len(qpos)):
+        for k in range(len(columns)):
+            start[i, k] = qpos[i, columns[k]]
+    success = physx_ik.solve(fixed, kind, free, goal, start, found)
+    for i in range(len(qpos)):
+        for k in range(7):
+            target_out[i, k] = target[i, k]
+        for j in range(len(controlled)):
+            moves = success[i] and place[j] >= 0
+            joints_out[i, j] = found[i, place[j]] if moves else qpos[i, controlled[j]]
+
+
 class ChainSolver:
     """Inverse kinematics from the root of a controller's URDF to its end effector, for all environments at once.
 
@@ -190,33 +238,36 @@ class ChainSolver:
         # the last joint's link has the joint's own frame; what follows it is rigid
         beyond = turn @ pose
         fixed.append(turn.T[:3])
-        self._fixed, self._tail = np.array(fixed), np.linalg.inv(beyond)[:3].astype(np.float64)
-        self._kind, self._columns = np.array(kinds, np.int64), np.array(order, np.int64)
+        columns = np.array(order, np.int64)
         self._controlled = controller.active_joint_indices.numpy()
-        self._free = np.isin(self._columns, self._controlled)
-        self._place = np.array([order.index(j) if j in order else -1 for j in self._controlled.tolist()], np.int64)
+        place = np.array([order.index(j) if j in order else -1 for j in self._controlled.tolist()], np.int64)
+        tail = np.ascontiguousarray(np.linalg.inv(beyond)[:3], np.float64)
+        free = np.isin(columns, self._controlled)
+        self._chain = (np.array(fixed), np.array(kinds, np.int64), free, tail, columns, self._controlled, place)
 
-    def solve(self, target: NDArray[np.float32], qpos: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return positions [N, J] of the controlled joints that bring the end effector to `target` [N, 7].
+    def solve(
+        self, follow: Follow, shift: NDArray[np.float32], turn: NDArray[np.float32], before: NDArray[np.float32],
+        qpos: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
+        """Return the end effector's target poses [N, 7] and the controlled joints' positions [N, J] that reach them.
 
-        `qpos` [N, D]: where all joints are. Rows without a solution keep their positions, as ManiSkill does.
+        `shift`, `turn` and `before` as in `_target_pose`; `qpos` [N, D]: where all joints are. Rows without a solution
+        keep their positions, as ManiSkill does.
         """
-        goal = _joint_goal(target, self._tail)
-        start = np.ascontiguousarray(qpos[:, self._columns], dtype=np.float64)
-        found, success = np.empty_like(start), np.empty(len(start), np.bool_)
+        count = len(shift)
+        target, joints = np.empty((count, 7), np.float32), np.empty((count, len(self._controlled)), np.float32)
+        shift, turn, before, qpos = (np.ascontiguousarray(x) for x in (shift, turn, before, qpos))  # compiled for these
 
         def task(rows: slice) -> None:
-            success[rows] = physx_ik.solve(self._fixed, self._kind, self._free, goal[rows], start[rows], found[rows])
+            _follow(
+                *self._chain, *follow, shift[rows], turn[rows], before[rows], qpos[rows], target[rows], joints[rows]
+            )  # fmt: skip
 
-        slices = [slice(i, i + ROWS_PER_TASK) for i in range(0, len(start), ROWS_PER_TASK)]
-        if len(slices) == 1:
-            task(slices[0])
+        if count <= ROWS_PER_TASK:
+            task(slice(count))
         else:
-            worker_pool().map(task, slices)
-        out = qpos[:, self._controlled]
-        moves = self._place >= 0
-        out[:, moves] = np.where(success[:, None], found[:, self._place[moves]], out[:, moves])
-        return out
+            worker_pool().map(task, [slice(i, i + ROWS_PER_TASK) for i in range(0, count, ROWS_PER_TASK)])
+        return target, joints
 
 
 _FRAMES = (
@@ -261,15 +312,13 @@ def _x_axis_onto(joint: Any) -> NDArray[np.float64]:
 def set_end_effector_action(self: Any, action: Tensor) -> None:
     """Do what `PDEEPosController.set_action` does on the CPU, for all environments at once."""
     action = self._preprocess_action(action)
+    qpos = self.articulation.get_qpos()
     self._step = 0
-    self._start_qpos = self.qpos
+    self._start_qpos = qpos[..., self.active_joint_indices]
     solver = self.__dict__.get("_chain_solver")
     if solver is None:
         solver = self._chain_solver = ChainSolver(self)
-    if self.config.use_target:
-        before = self._target_pose.raw_pose.numpy()
-    else:
-        before = end_effector_at_base(self).raw_pose.numpy()
+    before = (self._target_pose if self.config.use_target else end_effector_at_base(self)).raw_pose
     frame = self.config.frame
     if self.config.use_delta and frame not in _FRAMES:
         raise RobopolicyError(
@@ -279,12 +328,15 @@ def set_end_effector_action(self: Any, action: Tensor) -> None:
     if action.shape[1] == 6:
         turn = euler_quaternions(action[:, 3:].contiguous())
     else:
-        turn = np.tile(np.array([1, 0, 0, 0], np.float32), (len(action), 1))
-    turns_body = isinstance(self, PDEEPoseController) and "body_aligned_body_rotation" in frame
-    delta = bool(self.config.use_delta)
-    target = _target_pose(action[:, :3].numpy(), turn, before, delta, "body_translation" in frame, turns_body)
-    self._target_pose = Pose(torch.from_numpy(target))
-    self._target_qpos = torch.from_numpy(solver.solve(target, self.articulation.get_qpos().numpy()))
+        turn = np.zeros((len(action), 4), np.float32)
+        turn[:, 0] = 1
+    follow = Follow(
+        delta=bool(self.config.use_delta),
+        body_shift="body_translation" in frame,
+        body_turn=isinstance(self, PDEEPoseController) and "body_aligned_body_rotation" in frame,
+    )
+    target, joints = solver.solve(follow, action[:, :3].numpy(), turn, before.numpy(), qpos.numpy())
+    self._target_pose, self._target_qpos = Pose(torch.from_numpy(target)), torch.from_numpy(joints)
     if self.config.interpolate:
         self._step_size = (self._target_qpos - self._start_qpos) / self._sim_steps
     else:
@@ -293,9 +345,13 @@ def set_end_effector_action(self: Any, action: Tensor) -> None:
 
 def end_effector_at_base(self: Any) -> Pose:
     """Return the end effector's poses seen from the robot's base, [N, 7]."""
-    return Pose(torch.from_numpy(_relative_pose(sapien_poses(self.root_link), sapien_poses(self.ee_link))))
+    base = self.root_link
+    at_root = all(body.is_root for body in base._objs)  # the buffer holds SAPIEN's own numbers of roots
+    start = base.pose.raw_pose.numpy() if at_root else sapien_poses(base)
+    return Pose(torch.from_numpy(_relative_pose(start, sapien_poses(self.ee_link))))
 
 
 def sapien_poses(link: Any) -> NDArray[np.float32]:
     """Return the poses [N, 7] of a ManiSkill link as SAPIEN tells them: the CPU simulation's to the last bit."""
-    return np.array([(*p.p, *p.q) for p in [body.entity_pose for body in link._objs]], np.float32)
+    poses = [body.entity_pose for body in link._objs]
+    return np.concatenate([part for pose in poses for part in (pose.p, pose.q)]).reshape(-1, 7)

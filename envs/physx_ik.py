@@ -1,38 +1,46 @@
 """Closed-loop inverse kinematics of a serial chain, for many rows at once.
 
 It repeats what ManiSkill's CPU simulation does through Pinocchio: steps of `0.1` along the damped least-squares
-solution of the logarithm of the pose error, until its norm is under 1e-4 or 100 steps have passed.
+solution of the logarithm of the pose error, until its norm is under 1e-4 or 100 steps have passed. Eight rows are
+solved at a time (`physx_lanes`), the last eight filled up with copies; each goes its own way to the last bit.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from .physx_kinematics import PRISMATIC
+from .physx_lanes import LANES, any_below, arc_cosine, choose_below, lanes, load, root, sine_cosine, store
 
 Floats = NDArray[np.float64]
 EPS, MAX_ITERATIONS, STEP, DAMPING = 1e-4, 100, 0.1, 1e-6
 """ManiSkill's iteration limit and SAPIEN's default tolerance, step and damping."""
 SMALL_ANGLE = float(np.finfo(np.float64).eps ** 0.25)
 """Below it Pinocchio uses the first terms of the series."""
+WIDE_ANGLE = np.pi - 1e-2
+"""From it on Pinocchio reads the axis from the diagonal."""
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _chain(fixed: Floats, kind: NDArray[np.int64], q: Floats, axes: Floats, points: Floats, frame: Floats) -> None:
-    """Run along the chain: joint axes and origins [n, 3] in the base frame, `frame` [3, 4] of the last joint's link.
+    """Run along the chain: joint axes and origins (3 lanes per joint) in the base frame, `frame` of the last link.
 
-    `fixed` [n + 1, 3, 4]: from the previous joint's moved frame to the next joint's; the last leads to the link.
+    `q` (n lanes), `frame` (12 lanes: [3, 4]). `fixed` [n + 1, 3, 4]: from the previous joint's moved frame to the next
+    joint's; the last leads to the link.
     """
     n = kind.shape[0]
-    r00, r01, r02, r10, r11, r12, r20, r21, r22 = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0
-    x, y, z = 0.0, 0.0, 0.0
+    zero, one = lanes(0.0), lanes(1.0)
+    r00, r01, r02, r10, r11, r12, r20, r21, r22 = one, zero, zero, zero, one, zero, zero, zero, one
+    x, y, z = zero, zero, zero
     for k in range(n + 1):
         f = fixed[k]
-        x += r00 * f[0, 3] + r01 * f[1, 3] + r02 * f[2, 3]
-        y += r10 * f[0, 3] + r11 * f[1, 3] + r12 * f[2, 3]
-        z += r20 * f[0, 3] + r21 * f[1, 3] + r22 * f[2, 3]
+        x = x + r00 * f[0, 3] + r01 * f[1, 3] + r02 * f[2, 3]
+        y = y + r10 * f[0, 3] + r11 * f[1, 3] + r12 * f[2, 3]
+        z = z + r20 * f[0, 3] + r21 * f[1, 3] + r22 * f[2, 3]
         a0, a1, a2 = r00, r01, r02
         r00 = a0 * f[0, 0] + a1 * f[1, 0] + a2 * f[2, 0]
         r01 = a0 * f[0, 1] + a1 * f[1, 1] + a2 * f[2, 1]
@@ -47,152 +55,206 @@ def _chain(fixed: Floats, kind: NDArray[np.int64], q: Floats, axes: Floats, poin
         r22 = a0 * f[0, 2] + a1 * f[1, 2] + a2 * f[2, 2]
         if k == n:
             break
-        axes[k, 0], axes[k, 1], axes[k, 2] = r00, r10, r20
+        store(axes, 3 * k, r00), store(axes, 3 * k + 1, r10), store(axes, 3 * k + 2, r20)
         if kind[k] == PRISMATIC:
-            x, y, z = x + r00 * q[k], y + r10 * q[k], z + r20 * q[k]
+            move = load(q, k)
+            x, y, z = x + r00 * move, y + r10 * move, z + r20 * move
         else:
-            c, s = np.cos(q[k]), np.sin(q[k])
+            s, c = sine_cosine(load(q, k))
             r01, r02 = c * r01 + s * r02, c * r02 - s * r01
             r11, r12 = c * r11 + s * r12, c * r12 - s * r11
             r21, r22 = c * r21 + s * r22, c * r22 - s * r21
-        points[k, 0], points[k, 1], points[k, 2] = x, y, z
-    frame[0, 0], frame[0, 1], frame[0, 2], frame[0, 3] = r00, r01, r02, x
-    frame[1, 0], frame[1, 1], frame[1, 2], frame[1, 3] = r10, r11, r12, y
-    frame[2, 0], frame[2, 1], frame[2, 2], frame[2, 3] = r20, r21, r22, z
+        store(points, 3 * k, x), store(points, 3 * k + 1, y), store(points, 3 * k + 2, z)
+    store(frame, 0, r00), store(frame, 1, r01), store(frame, 2, r02), store(frame, 3, x)
+    store(frame, 4, r10), store(frame, 5, r11), store(frame, 6, r12), store(frame, 7, y)
+    store(frame, 8, r20), store(frame, 9, r21), store(frame, 10, r22), store(frame, 11, z)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _axis(m: Floats, angle: Any, s: Any, c: Any) -> Any:
+    """Return the rotation vector of `m` (12 lanes: [3, 4]), whose angle has sine `s` and cosine `c`."""
+    m10, m01, m20, m02, m21, m12 = load(m, 4), load(m, 1), load(m, 8), load(m, 2), load(m, 9), load(m, 6)
+    scale = choose_below(SMALL_ANGLE, angle, 0.5 * angle / s, 0.5)
+    wx, wy, wz = scale * (m21 - m12), scale * (m02 - m20), scale * (m10 - m01)
+    if any_below(WIDE_ANGLE, angle):
+        ratio = angle * angle / (1.0 - c)
+        x2, y2, z2 = (load(m, 0) - c) * ratio, (load(m, 5) - c) * ratio, (load(m, 10) - c) * ratio
+        x, y, z = (root(choose_below(0.0, x2, x2, 0.0)), root(choose_below(0.0, y2, y2, 0.0)),
+                   root(choose_below(0.0, z2, z2, 0.0)))  # fmt: skip
+        wx = choose_below(angle, WIDE_ANGLE, wx, choose_below(m12, m21, x, 0.0 - x))
+        wy = choose_below(angle, WIDE_ANGLE, wy, choose_below(m20, m02, y, 0.0 - y))
+        wz = choose_below(angle, WIDE_ANGLE, wz, choose_below(m01, m10, z, 0.0 - z))
+    return wx, wy, wz
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _log6(m: Floats, out: Floats, turn: Floats, mix: Floats) -> None:
-    """Write the logarithm `out` [v, w] of the rigid motion `m` [3, 4].
+    """Write the logarithm `out` (6 lanes: v, w) of the rigid motion `m` (12 lanes: [3, 4]).
 
-    [[turn, mix], [0, turn]] becomes the logarithm's derivative at the inverse of `m`. The formulas and thresholds are
-    those of Pinocchio's `log6` and `Jlog6`.
+    [[turn, mix], [0, turn]] (9 lanes each: [3, 3]) becomes the logarithm's derivative at the inverse of `m`. The
+    formulas and thresholds are those of Pinocchio's `log6` and `Jlog6`.
     """
-    trace = m[0, 0] + m[1, 1] + m[2, 2]
-    angle = 0.0 if trace >= 3.0 else np.pi if trace <= -1.0 else np.arccos(0.5 * (trace - 1.0))
-    s, c = np.sin(angle), np.cos(angle)
-    if angle < np.pi - 1e-2:
-        scale = 0.5 * angle / s if angle > SMALL_ANGLE else 0.5
-        wx, wy, wz = scale * (m[2, 1] - m[1, 2]), scale * (m[0, 2] - m[2, 0]), scale * (m[1, 0] - m[0, 1])
-    else:
-        ratio = angle * angle / (1.0 - c)
-        wx = np.sqrt(max((m[0, 0] - c) * ratio, 0.0)) * (1.0 if m[2, 1] > m[1, 2] else -1.0)
-        wy = np.sqrt(max((m[1, 1] - c) * ratio, 0.0)) * (1.0 if m[0, 2] > m[2, 0] else -1.0)
-        wz = np.sqrt(max((m[2, 2] - c) * ratio, 0.0)) * (1.0 if m[1, 0] > m[0, 1] else -1.0)
+    trace = load(m, 0) + load(m, 5) + load(m, 10)
+    trace = choose_below(trace, 3.0, choose_below(-1.0, trace, trace, -1.0), 3.0)
+    angle = arc_cosine(0.5 * (trace - 1.0))
+    s, c = sine_cosine(angle)
+    wx, wy, wz = _axis(m, angle, s, c)
     t2 = angle * angle
-    if angle < SMALL_ANGLE:
-        alpha, beta, slope = 1.0 - t2 / 12.0 - t2 * t2 / 720.0, 1.0 / 12.0 + t2 / 720.0, 1.0 / 360.0
-        diagonal = 1.0 - t2 / 12.0
-    else:
-        alpha = angle * s / (2.0 * (1.0 - c))
-        beta = 1.0 / t2 - s / (2.0 * angle * (1.0 - c))
-        slope = -2.0 / (t2 * t2) + (1.0 + s / angle) / (t2 * 2.0 * (1.0 - c))
-        diagonal = alpha
-    px, py, pz = m[0, 3], m[1, 3], m[2, 3]
+    beta = 1.0 / t2 - s / (2.0 * angle * (1.0 - c))
+    beta = choose_below(angle, SMALL_ANGLE, 1.0 / 12.0 + t2 / 720.0, beta)
+    slope = -2.0 / (t2 * t2) + (1.0 + s / angle) / (t2 * 2.0 * (1.0 - c))
+    slope = choose_below(angle, SMALL_ANGLE, 1.0 / 360.0, slope)
+    alpha = angle * s / (2.0 * (1.0 - c))
+    diagonal = choose_below(angle, SMALL_ANGLE, 1.0 - t2 / 12.0, alpha)
+    alpha = choose_below(angle, SMALL_ANGLE, 1.0 - t2 / 12.0 - t2 * t2 / 720.0, alpha)
+    px, py, pz = load(m, 3), load(m, 7), load(m, 11)
     dot = wx * px + wy * py + wz * pz
-    out[0] = alpha * px - 0.5 * (wy * pz - wz * py) + beta * dot * wx
-    out[1] = alpha * py - 0.5 * (wz * px - wx * pz) + beta * dot * wy
-    out[2] = alpha * pz - 0.5 * (wx * py - wy * px) + beta * dot * wz
-    out[3], out[4], out[5] = wx, wy, wz
+    store(out, 0, alpha * px - 0.5 * (wy * pz - wz * py) + beta * dot * wx)
+    store(out, 1, alpha * py - 0.5 * (wz * px - wx * pz) + beta * dot * wy)
+    store(out, 2, alpha * pz - 0.5 * (wx * py - wy * px) + beta * dot * wz)
+    store(out, 3, wx), store(out, 4, wy), store(out, 5, wz)
 
-    wx, wy, wz = -wx, -wy, -wz
     px, py, pz = (
-        -(m[0, 0] * px + m[1, 0] * py + m[2, 0] * pz),
-        -(m[0, 1] * px + m[1, 1] * py + m[2, 1] * pz),
-        -(m[0, 2] * px + m[1, 2] * py + m[2, 2] * pz),
+        0.0 - (load(m, 0) * px + load(m, 4) * py + load(m, 8) * pz),
+        0.0 - (load(m, 1) * px + load(m, 5) * py + load(m, 9) * pz),
+        0.0 - (load(m, 2) * px + load(m, 6) * py + load(m, 10) * pz),
     )
+    _derivative(0.0 - wx, 0.0 - wy, 0.0 - wz, px, py, pz, t2, beta, slope, diagonal, turn, mix)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _derivative(
+    wx: Any, wy: Any, wz: Any, px: Any, py: Any, pz: Any,
+    t2: Any, beta: Any, slope: Any, diagonal: Any, turn: Floats, mix: Floats,
+) -> None:  # fmt: skip
+    """Write `turn` and `mix` of `_log6` for the rotation vector w and the shift p of the inverse motion."""
+    t00, t01, t02 = beta * wx * wx + diagonal, beta * wx * wy - 0.5 * wz, beta * wx * wz + 0.5 * wy
+    t10, t11, t12 = beta * wy * wx + 0.5 * wz, beta * wy * wy + diagonal, beta * wy * wz - 0.5 * wx
+    t20, t21, t22 = beta * wz * wx - 0.5 * wy, beta * wz * wy + 0.5 * wx, beta * wz * wz + diagonal
+    store(turn, 0, t00), store(turn, 1, t01), store(turn, 2, t02)
+    store(turn, 3, t10), store(turn, 4, t11), store(turn, 5, t12)
+    store(turn, 6, t20), store(turn, 7, t21), store(turn, 8, t22)
     dot = wx * px + wy * py + wz * pz
-    turn[0, 0], turn[0, 1], turn[0, 2] = beta * wx * wx + diagonal, beta * wx * wy - 0.5 * wz, beta * wx * wz + 0.5 * wy
-    turn[1, 0], turn[1, 1], turn[1, 2] = beta * wy * wx + 0.5 * wz, beta * wy * wy + diagonal, beta * wy * wz - 0.5 * wx
-    turn[2, 0], turn[2, 1], turn[2, 2] = beta * wz * wx - 0.5 * wy, beta * wz * wy + 0.5 * wx, beta * wz * wz + diagonal
-    a, b, d = slope * dot, -(t2 * slope + 2.0 * beta), dot * beta
+    a, b, d = slope * dot, 0.0 - (t2 * slope + 2.0 * beta), dot * beta
     ux, uy, uz = a * wx + b * px, a * wy + b * py, a * wz + b * pz
-    c00, c01, c02 = (
-        ux * wx + beta * wx * px + d,
-        ux * wy + beta * wx * py - 0.5 * pz,
-        ux * wz + beta * wx * pz + 0.5 * py,
+    rows = (
+        (ux * wx + beta * wx * px + d, ux * wy + beta * wx * py - 0.5 * pz, ux * wz + beta * wx * pz + 0.5 * py),
+        (uy * wx + beta * wy * px + 0.5 * pz, uy * wy + beta * wy * py + d, uy * wz + beta * wy * pz - 0.5 * px),
+        (uz * wx + beta * wz * px - 0.5 * py, uz * wy + beta * wz * py + 0.5 * px, uz * wz + beta * wz * pz + d),
     )
-    c10, c11, c12 = (
-        uy * wx + beta * wy * px + 0.5 * pz,
-        uy * wy + beta * wy * py + d,
-        uy * wz + beta * wy * pz - 0.5 * px,
-    )
-    c20, c21, c22 = (
-        uz * wx + beta * wz * px - 0.5 * py,
-        uz * wy + beta * wz * py + 0.5 * px,
-        uz * wz + beta * wz * pz + d,
-    )
-    for k in range(3):
-        mix[0, k] = c00 * turn[0, k] + c01 * turn[1, k] + c02 * turn[2, k]
-        mix[1, k] = c10 * turn[0, k] + c11 * turn[1, k] + c12 * turn[2, k]
-        mix[2, k] = c20 * turn[0, k] + c21 * turn[1, k] + c22 * turn[2, k]
+    for i in range(3):
+        c0, c1, c2 = rows[i]
+        store(mix, 3 * i, c0 * t00 + c1 * t10 + c2 * t20)
+        store(mix, 3 * i + 1, c0 * t01 + c1 * t11 + c2 * t21)
+        store(mix, 3 * i + 2, c0 * t02 + c1 * t12 + c2 * t22)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _relative(frame: Floats, goal: Floats, out: Floats) -> None:
-    """Write frame^-1 * goal, all [3, 4]."""
-    dx, dy, dz = goal[0, 3] - frame[0, 3], goal[1, 3] - frame[1, 3], goal[2, 3] - frame[2, 3]
+    """Write frame^-1 * goal, all 12 lanes: [3, 4]."""
+    dx, dy, dz = load(goal, 3) - load(frame, 3), load(goal, 7) - load(frame, 7), load(goal, 11) - load(frame, 11)
     for i in range(3):
-        f0, f1, f2 = frame[0, i], frame[1, i], frame[2, i]
+        f0, f1, f2 = load(frame, i), load(frame, 4 + i), load(frame, 8 + i)
         for j in range(3):
-            out[i, j] = f0 * goal[0, j] + f1 * goal[1, j] + f2 * goal[2, j]
-        out[i, 3] = f0 * dx + f1 * dy + f2 * dz
+            store(out, 4 * i + j, f0 * load(goal, j) + f1 * load(goal, 4 + j) + f2 * load(goal, 8 + j))
+        store(out, 4 * i + 3, f0 * dx + f1 * dy + f2 * dz)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _jacobian(
     kind: NDArray[np.int64], axes: Floats, points: Floats, frame: Floats, turn: Floats, mix: Floats, jac: Floats
 ) -> None:
-    """Write how the error's logarithm changes with each joint, [6, n]: [[turn, mix], [0, turn]] times the Jacobian."""
+    """Write how the error's logarithm changes with each joint: [[turn, mix], [0, turn]] times the Jacobian.
+
+    `jac` holds 6 lanes per joint.
+    """
     for k in range(kind.shape[0]):
-        ax, ay, az = axes[k, 0], axes[k, 1], axes[k, 2]
+        ax, ay, az = load(axes, 3 * k), load(axes, 3 * k + 1), load(axes, 3 * k + 2)
         if kind[k] == PRISMATIC:
             lx, ly, lz = ax, ay, az
-            ax, ay, az = 0.0, 0.0, 0.0
+            ax, ay, az = lanes(0.0), lanes(0.0), lanes(0.0)
         else:
-            rx, ry, rz = frame[0, 3] - points[k, 0], frame[1, 3] - points[k, 1], frame[2, 3] - points[k, 2]
+            rx = load(frame, 3) - load(points, 3 * k)
+            ry = load(frame, 7) - load(points, 3 * k + 1)
+            rz = load(frame, 11) - load(points, 3 * k + 2)
             lx, ly, lz = ay * rz - az * ry, az * rx - ax * rz, ax * ry - ay * rx
-        vx = frame[0, 0] * lx + frame[1, 0] * ly + frame[2, 0] * lz
-        vy = frame[0, 1] * lx + frame[1, 1] * ly + frame[2, 1] * lz
-        vz = frame[0, 2] * lx + frame[1, 2] * ly + frame[2, 2] * lz
-        wx = frame[0, 0] * ax + frame[1, 0] * ay + frame[2, 0] * az
-        wy = frame[0, 1] * ax + frame[1, 1] * ay + frame[2, 1] * az
-        wz = frame[0, 2] * ax + frame[1, 2] * ay + frame[2, 2] * az
+        vx = load(frame, 0) * lx + load(frame, 4) * ly + load(frame, 8) * lz
+        vy = load(frame, 1) * lx + load(frame, 5) * ly + load(frame, 9) * lz
+        vz = load(frame, 2) * lx + load(frame, 6) * ly + load(frame, 10) * lz
+        wx = load(frame, 0) * ax + load(frame, 4) * ay + load(frame, 8) * az
+        wy = load(frame, 1) * ax + load(frame, 5) * ay + load(frame, 9) * az
+        wz = load(frame, 2) * ax + load(frame, 6) * ay + load(frame, 10) * az
         for i in range(3):
-            jac[i, k] = turn[i, 0] * vx + turn[i, 1] * vy + turn[i, 2] * vz
-            jac[i, k] += mix[i, 0] * wx + mix[i, 1] * wy + mix[i, 2] * wz
-            jac[i + 3, k] = turn[i, 0] * wx + turn[i, 1] * wy + turn[i, 2] * wz
+            t0, t1, t2 = load(turn, 3 * i), load(turn, 3 * i + 1), load(turn, 3 * i + 2)
+            m0, m1, m2 = load(mix, 3 * i), load(mix, 3 * i + 1), load(mix, 3 * i + 2)
+            store(jac, 6 * k + i, t0 * vx + t1 * vy + t2 * vz + m0 * wx + m1 * wy + m2 * wz)
+            store(jac, 6 * k + i + 3, t0 * wx + t1 * wy + t2 * wz)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _damped_step(jac: Floats, free: NDArray[np.bool_], err: Floats, work: Floats, y: Floats, q: Floats) -> None:
-    """Move `q` by STEP * J^T (J J^T + DAMPING)^-1 err, by a Cholesky factor of the 6x6 matrix in `work`."""
-    n = q.shape[0]
+    """Move `q` by STEP * J^T (J J^T + DAMPING)^-1 err, by a Cholesky factor (36 lanes: `work`) of the 6x6 matrix."""
+    n = free.shape[0]
     for i in range(6):
         for j in range(i + 1):
-            s = DAMPING if i == j else 0.0
+            s = lanes(DAMPING) if i == j else lanes(0.0)
             for k in range(n):
                 if free[k]:
-                    s += jac[i, k] * jac[j, k]
+                    s = s + load(jac, 6 * k + i) * load(jac, 6 * k + j)
             for k in range(j):
-                s -= work[i, k] * work[j, k]
-            work[i, j] = np.sqrt(s) if i == j else s / work[j, j]
+                s = s - load(work, 6 * i + k) * load(work, 6 * j + k)
+            store(work, 6 * i + j, root(s) if i == j else s / load(work, 7 * j))
     for i in range(6):
-        s = err[i]
+        s = load(err, i)
         for k in range(i):
-            s -= work[i, k] * y[k]
-        y[i] = s / work[i, i]
+            s = s - load(work, 6 * i + k) * load(y, k)
+        store(y, i, s / load(work, 7 * i))
     for i in range(5, -1, -1):
-        s = y[i]
+        s = load(y, i)
         for k in range(i + 1, 6):
-            s -= work[k, i] * y[k]
-        y[i] = s / work[i, i]
+            s = s - load(work, 6 * k + i) * load(y, k)
+        store(y, i, s / load(work, 7 * i))
     for k in range(n):
         if free[k]:
-            s = 0.0
+            s = lanes(0.0)
             for i in range(6):
-                s += jac[i, k] * y[i]
-            q[k] += STEP * s
+                s = s + load(jac, 6 * k + i) * load(y, i)
+            store(q, k, load(q, k) + STEP * s)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _solve_lanes(
+    fixed: Floats, kind: NDArray[np.int64], free: NDArray[np.bool_], goal: Floats, q: Floats, found: Floats
+) -> Any:
+    """Write joint positions (n lanes) that reach `goal` (12 lanes), from `q` (n lanes, changed).
+
+    Returns lanes: negative where the tolerance was reached.
+    """
+    n = kind.shape[0]
+    axes, points, frame = np.empty(3 * n * LANES), np.empty(3 * n * LANES), np.empty(12 * LANES)
+    err, rel, jac = np.empty(6 * LANES), np.empty(12 * LANES), np.empty(6 * n * LANES)
+    turn, mix = np.empty(9 * LANES), np.empty(9 * LANES)
+    work, y = np.empty(36 * LANES), np.empty(6 * LANES)
+    for k in range(n):
+        store(found, k, load(q, k))
+    best = lanes(np.inf)
+    for _ in range(MAX_ITERATIONS + 1):
+        _chain(fixed, kind, q, axes, points, frame)
+        _relative(frame, goal, rel)
+        _log6(rel, err, turn, mix)
+        square = lanes(0.0)
+        for i in range(6):
+            square = square + load(err, i) * load(err, i)
+        norm = root(square)
+        for k in range(n):
+            store(found, k, choose_below(norm, best, load(q, k), load(found, k)))
+        best = choose_below(norm, best, norm, best)
+        best = choose_below(best, EPS, -1.0, best)  # nothing is better from now on
+        if not any_below(0.0, best):
+            break
+        _jacobian(kind, axes, points, frame, turn, mix, jac)
+        _damped_step(jac, free, err, work, y, q)
+    return best
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -206,26 +268,18 @@ def solve(
     """
     count, n = start.shape
     success = np.zeros(count, np.bool_)
-    axes, points, frame = np.empty((n, 3)), np.empty((n, 3)), np.empty((3, 4))
-    err, rel, jac = np.empty(6), np.empty((3, 4)), np.empty((6, n))
-    turn, mix = np.empty((3, 3)), np.empty((3, 3))
-    work, y, q = np.empty((6, 6)), np.empty(6), np.empty(n)
-    for row in range(count):
-        best = np.inf
-        for k in range(n):
-            q[k] = start[row, k]
-        for _ in range(MAX_ITERATIONS + 1):
-            _chain(fixed, kind, q, axes, points, frame)
-            _relative(frame, goal[row], rel)
-            _log6(rel, err, turn, mix)
-            norm = np.sqrt((err * err).sum())
-            if norm < best:
-                best = norm
-                for k in range(n):
-                    out[row, k] = q[k]
-            if norm < EPS:
-                success[row] = True
-                break
-            _jacobian(kind, axes, points, frame, turn, mix, jac)
-            _damped_step(jac, free, err, work, y, q)
+    goals, q, found = np.empty(12 * LANES), np.empty(n * LANES), np.empty(n * LANES)
+    state = np.empty(LANES)
+    for first in range(0, count, LANES):
+        for lane in range(LANES):
+            row = min(first + lane, count - 1)
+            for i in range(12):
+                goals[i * LANES + lane] = goal[row, i // 4, i % 4]
+            for k in range(n):
+                q[k * LANES + lane] = start[row, k]
+        store(state, 0, _solve_lanes(fixed, kind, free, goals, q, found))
+        for row in range(first, min(first + LANES, count)):
+            success[row] = state[row - first] < 0.0
+            for k in range(n):
+                out[row, k] = found[k * LANES + row - first]
     return success
