@@ -212,6 +212,11 @@ def read_tree(group: h5py.Group, index: int) -> dict[str, Any]:
     return {k: read_tree(v, index) if isinstance(v, h5py.Group) else v[index][None] for k, v in group.items()}
 
 
+def read_all(group: h5py.Group) -> dict[str, Any]:
+    """Return every leaf whole."""
+    return {k: read_all(v) if isinstance(v, h5py.Group) else v[()] for k, v in group.items()}
+
+
 def stack(trees: Sequence[Tree]) -> dict[str, Any]:
     """Stack trees of equal structure, one per step, into one tree of arrays [T, ...]."""
     return {

@@ -23,11 +23,11 @@ import torch
 
 from robopolicy.errors import RobopolicyError
 
-from .demo_files import Attempt, Episode, Journal, leaves, read_tree, stack
+from .demo_files import Attempt, Episode, Journal, leaves, read_all, read_tree, stack
 from .playback import ActionOutOfRange, ArmCommand, PlanPlayer, Shortening
 from .rendering import inert_materials, load_maniskill, require_rendering
 from .solvers import Plan, PlanningFailed, make_plan, solver_for
-from .specs import OBS_MODES, build_stock
+from .specs import ObsMode, build_stock
 from .vector import building
 
 CLIP_TOLERANCE = 1e-5
@@ -70,17 +70,18 @@ class Demonstrator:
     def __init__(self, recipe: Recipe) -> None:
         load_maniskill()
         self.recipe = recipe
-        pictures = require_rendering() if recipe.obs_mode == "rgb" else "none"
+        observed = ObsMode.parse(recipe.obs_mode)
+        pictures = require_rendering() if observed.pictures else "none"
         common = {"reward_mode": "none", "sim_backend": "physx_cpu", "num_envs": 1, **recipe.env_kwargs}
-        with building(rendered=pictures != "none"):
+        with building(rendered=observed.pictures, observed=observed.pictures):
             self.env = build_stock(
                 recipe.env_id,
-                obs_mode=OBS_MODES[recipe.obs_mode],
+                **observed.settings,
                 control_mode=recipe.control_mode,
                 render_backend=pictures,
                 **common,
             )
-        self.rendered = pictures != "none"
+        self.rendered = observed.pictures
         self.file: h5py.File | None = None
         planning_mode = "pd_joint_pos"
         if recipe.source is None:
@@ -105,6 +106,9 @@ class Demonstrator:
             return self._play_gently(start, self._plan(start))
         start, actions = self._read_source(key)
         if self.planner.control_mode == self.recipe.control_mode:
+            recorded = self.file[f"traj_{self.episodes[key]['episode_id']}"]
+            if self.rendered and _tells_all(recorded, len(actions)):
+                return self.photograph(start, recorded)
             return self.play(start, actions, self.recipe.shortening)
         return self._play_gently(start, self._trace(start, actions))
 
@@ -155,6 +159,31 @@ class Demonstrator:
             raise Rejected("observation not finite")
         return episode
 
+    def photograph(self, start: Start, recorded: h5py.Group) -> Episode:
+        """Return the recorded episode with pictures of its states; nothing is simulated anew, all else stays as it was.
+
+        Raises:
+            Rejected: the recorded episode is no success.
+        """
+        outcomes = {n: recorded[n][:] for n in ("terminated", "truncated", "success", "fail") if n in recorded}
+        if not outcomes["success"][-1]:
+            raise Rejected("source fails")
+        self._reset(start)
+        pictures = []
+        for step in range(len(outcomes["success"]) + 1):
+            self.env.set_state_dict(read_tree(recorded["env_states"], step))
+            seen = _to_numpy(self.env.get_obs())
+            pictures.append({name: seen[name] for name in ("sensor_param", "sensor_data")})
+        return Episode(
+            seed=start.seed,
+            reset_kwargs=start.reset_kwargs,
+            obs={**{name: read_all(recorded["obs"][name]) for name in ("agent", "extra")}, **stack(pictures)},
+            env_states=read_all(recorded["env_states"]),
+            actions=recorded["actions"][:].astype(np.float32),
+            outcomes=outcomes,
+            plan_steps=len(recorded["actions"]),
+        )
+
     def _plan(self, start: Start) -> Plan:
         try:
             with inert_materials():
@@ -182,7 +211,7 @@ class Demonstrator:
         return Plan(qpos=np.stack(targets), gripper=actions[:, width:].astype(np.float64), success=True)
 
     def _reset(self, start: Start) -> Any:
-        with contextlib.nullcontext() if self.rendered else inert_materials():
+        with building(rendered=self.rendered, observed=self.rendered):
             obs, _ = self.env.reset(**_anew(start))
         return obs if start.env_state is None else _set_state(self.env, start)
 
@@ -257,6 +286,16 @@ def serve(connection: Connection, recipe: Recipe, journal_folder: str) -> None:
             with contextlib.suppress(OSError):
                 connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
             raise
+
+
+def _tells_all(recorded: h5py.Group, num_actions: int) -> bool:
+    """Whether an episode holds its outcome and every state and observation, so that only pictures are missing."""
+    obs, states = recorded.get("obs"), recorded.get("env_states")
+    if not isinstance(obs, h5py.Group) or not isinstance(states, h5py.Group):
+        return False
+    if not {"terminated", "truncated", "success"} <= set(recorded) or not {"agent", "extra"} <= set(obs):
+        return False
+    return all(len(v) == num_actions + 1 for g in (obs["agent"], obs["extra"], states) for _, v in leaves(read_all(g)))
 
 
 def _anew(start: Start) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .demo_files import Attempt, Journal, Tally, write_trajectories
 from .demo_worker import Recipe
 from .playback import ENCODERS, Shortening
 from .solvers import SOLVERS
-from .specs import OBS_MODES, task_spec
+from .specs import ObsMode, task_spec
 from .tasks import TASKS, find_task
 
 DEFAULT_NUM_DEMOS = 100
@@ -52,7 +52,7 @@ def collect(
     Args:
         num_demos: how many; None for DEFAULT_NUM_DEMOS, or for all that a source file yields.
         control_mode: None for the task's default.
-        obs_mode: `state` or `rgb`.
+        obs_mode: `state`, or `rgb` for camera pictures, `rgb64` for pictures of 64 x 64.
         max_episode_steps: written into the task's description; None for the task's default.
         num_workers: processes; None for one per core.
         seed: of the first attempt; attempts use `seed`, `seed + 1`, ...
@@ -163,7 +163,7 @@ def _about(spec: Any, recipe: Recipe, settings: Mapping[str, Any], used: list[At
     """Return the head of the JSON file."""
     env_kwargs = {
         **recipe.env_kwargs,
-        "obs_mode": OBS_MODES[recipe.obs_mode],
+        **ObsMode.parse(recipe.obs_mode).settings,
         "control_mode": recipe.control_mode,
         "reward_mode": "none",
         "sim_backend": "physx_cpu",

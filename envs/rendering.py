@@ -30,6 +30,7 @@ __all__ = [
     "prepare_vulkan",
     "quiet_drivers",
     "render_backend",
+    "renders_in_software",
     "require_rendering",
 ]
 
@@ -97,6 +98,11 @@ def render_backend() -> str | None:
                     _use_fast_shaders()
                 return SOFTWARE
     return None
+
+
+def renders_in_software() -> bool:
+    """Whether pictures are drawn by the processor."""
+    return render_backend() == SOFTWARE and any(device.is_cpu for device in load_maniskill().devices)
 
 
 def require_rendering() -> str:

@@ -39,6 +39,15 @@ class _Stream(Shifted):
         self.modalities = modalities_of(env, group)
 
 
+class _Remembering(_Stream):
+    """Shows what was there before, so that every picture must be drawn."""
+
+    def skip_pictures(self, skip: bool) -> None:
+        skips = getattr(self.env, "skip_pictures", None)
+        if skips is not None:
+            skips(skip and not any(name.startswith("rgb.") for name in self.modalities))
+
+
 class Dropout(_Stream):
     """Each frame of the stream is lost with probability `strength`, and arrives as zeros (black)."""
 
@@ -49,7 +58,7 @@ class Dropout(_Stream):
         return out
 
 
-class Freeze(_Stream):
+class Freeze(_Remembering):
     """The stream stops for `strength` control steps, once in an episode: its last frame is repeated."""
 
     def __init__(self, env: Environment, strength: float, *, name: str, group: str) -> None:
@@ -69,7 +78,7 @@ class Freeze(_Stream):
         return out
 
 
-class Delay(_Stream):
+class Delay(_Remembering):
     """The stream shows what was there `strength` control steps ago; before that, the first frame."""
 
     def __init__(self, env: Environment, strength: float, *, name: str, group: str) -> None:

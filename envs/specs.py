@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +20,53 @@ if TYPE_CHECKING:
     from mani_skill.agents.controllers.base_controller import BaseController
     from mani_skill.envs.sapien_env import BaseEnv
 
-OBS_MODES = {"state": "state_dict", "rgb": "rgb"}
-"""Our observation modes and ManiSkill's names for them."""
+OBS_MODES = ("state", "rgb", "rgb64")
+"""Observation modes; a number behind `rgb` is the side of the pictures in pixels, any from 8 to 1024."""
 
 MODALITIES = ("proprio", "objects", "goal")
+
+
+@dataclass(frozen=True)
+class ObsMode:
+    """What is observed."""
+
+    pictures: bool
+    px: int | None = None
+    """Side of the pictures; None for the size that the task's cameras have."""
+
+    @classmethod
+    def parse(cls, text: str) -> ObsMode:
+        """Read `state`, `rgb` or `rgb64`.
+
+        Raises:
+            UnknownNameError: something else.
+        """
+        found = re.fullmatch(r"state|rgb(\d{1,4})?", text)
+        px = int(found[1]) if found and found[1] else None
+        if found is None or (px is not None and not 8 <= px <= 1024):
+            raise UnknownNameError("observation mode", text, OBS_MODES)
+        return cls(pictures=text != "state", px=px)
+
+    @classmethod
+    def of(cls, spec: TaskSpec) -> ObsMode:
+        """Return the mode that makes the observations of `spec`."""
+        sizes = {m.shape[1:] for m in spec.observation.values() if m.is_image}
+        sides = {side for size in sizes for side in size}
+        return cls(pictures=bool(sizes), px=sides.pop() if len(sides) == 1 else None)
+
+    @property
+    def maniskill(self) -> str:
+        """ManiSkill's name."""
+        return "rgb" if self.pictures else "state_dict"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of a ManiSkill environment that observes so."""
+        sized = {"sensor_configs": {"width": self.px, "height": self.px}} if self.px is not None else {}
+        return {"obs_mode": self.maniskill, **sized}
+
+    def __str__(self) -> str:
+        return f"rgb{self.px or ''}" if self.pictures else "state"
 
 
 def task_spec(
@@ -35,7 +80,7 @@ def task_spec(
     Args:
         control_mode: one of ManiSkill's, or None for the task's default.
         obs_mode: `state` (proprio, objects, goal) or `rgb` (what a robot has: proprio, `rgb.<camera>`, and the goal
-            where ManiSkill tells it).
+            where ManiSkill tells it), with pictures of the task's size; `rgb64` for pictures of 64 x 64.
         max_episode_steps: None for the task's default.
 
     Raises:
@@ -43,8 +88,7 @@ def task_spec(
         MissingRequirementError: the task's assets are not downloaded.
     """
     row = find_task(task)
-    if obs_mode not in OBS_MODES:
-        raise UnknownNameError("observation mode", obs_mode, OBS_MODES)
+    observed = ObsMode.parse(obs_mode)
     mode = control_mode or row.control_mode
     env = _sample_scene(row.env_id)
     if mode not in control_modes(env):
@@ -58,7 +102,7 @@ def task_spec(
         robot=env.agent.uid,
         instruction=row.instruction,
         max_episode_steps=row.max_episode_steps if max_episode_steps is None else max_episode_steps,
-        observation=observation_spec(env, row, obs_mode),
+        observation=observation_spec(env, row, observed),
         action=action_spec(env),
     )
 
@@ -109,14 +153,15 @@ def control_modes(env: BaseEnv) -> tuple[str, ...]:
     return tuple(mode for mode, parts in modes.items() if not _has_dead_frame(parts))
 
 
-def observation_spec(env: BaseEnv, task: Task, obs_mode: str) -> dict[str, ModalitySpec]:
+def observation_spec(env: BaseEnv, task: Task, obs_mode: ObsMode) -> dict[str, ModalitySpec]:
     """Describe each modality of one observation of `env`, whatever mode `env` itself was built for."""
-    fields = flatten_observation(_state_observation(env, OBS_MODES[obs_mode]))
+    fields = flatten_observation(_state_observation(env, obs_mode.maniskill))
     out = {name: ModalitySpec(shape=(sum(w.values()),), fields=w) for name, w in split_fields(task, fields).items()}
-    if obs_mode == "state":
+    if not obs_mode.pictures:
         return out
     out.pop("objects", None)
     for camera, (width, height) in _cameras(env).items():
+        width, height = obs_mode.px or width, obs_mode.px or height
         path = {f"sensor_data/{camera}/rgb": 3}
         out[f"rgb.{camera}"] = ModalitySpec(shape=(3, height, width), fields=path, dtype="uint8")
     return out

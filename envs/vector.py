@@ -22,8 +22,9 @@ from robopolicy.errors import MissingRequirementError, RobopolicyError, ShapeErr
 from robopolicy.types import Frame, TaskSpec, check_shape
 
 from .distances import DISTANCES
-from .rendering import inert_materials, load_maniskill, quiet_drivers, require_rendering
-from .specs import OBS_MODES, build_stock, flatten_observation, require_assets, task_spec
+from .meshes import coarse_meshes
+from .rendering import inert_materials, load_maniskill, quiet_drivers, renders_in_software, require_rendering
+from .specs import ObsMode, build_stock, flatten_observation, require_assets, task_spec
 from .tasks import Task, find_task
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def make(
         backend: `cuda` (ManiSkill's GPU simulation), `cpu` (many scenes in one process), `single` (ManiSkill's own CPU
             environment, N = 1), or `auto`: `cuda` where it works, else `cpu`.
         control_mode: one of ManiSkill's, or None for the task's default.
-        obs_mode: `state` or `rgb`, as `task_spec` says.
+        obs_mode: `state`, `rgb` or `rgb64`, as `task_spec` says.
         max_episode_steps: steps until `truncated`; None for the task's default.
         auto_reset: restart finished environments within `step`; otherwise endings are only reported.
         render: allow `render()`, with pictures of `render_size` x `render_size` pixels.
@@ -70,16 +71,17 @@ def make(
         raise RobopolicyError(f"num_envs must be at least 1; got {num_envs}.")
     spec = task_spec(task, control_mode=control_mode, obs_mode=obs_mode, max_episode_steps=max_episode_steps)
     backend = default_backend() if backend == "auto" else backend
-    pictures = require_rendering() if render or obs_mode == "rgb" else "none"
+    observed = ObsMode.parse(obs_mode)
+    pictures = require_rendering() if render or observed.pictures else "none"
     settings: dict[str, Any] = {
         "control_mode": spec.action.control_mode,
-        "obs_mode": OBS_MODES[obs_mode],
+        **observed.settings,
         "reward_mode": reward_mode,
         "render_mode": "rgb_array" if render else None,
         "render_backend": pictures,
         "human_render_camera_configs": {"width": render_size, "height": render_size},
     }
-    with building(rendered=pictures != "none"):
+    with building(rendered=pictures != "none", observed=observed.pictures):
         base = BACKENDS[backend](row.env_id, num_envs, settings)
     return SimVectorEnv(base, row, spec, auto_reset=auto_reset, render=render, seed=seed)
 
@@ -104,9 +106,17 @@ def why_no_cuda() -> str | None:
 
 
 @contextlib.contextmanager
-def building(*, rendered: bool) -> Iterator[None]:
-    """The surroundings in which a scene is built: quiet, and without materials unless it is `rendered`."""
-    with quiet_drivers(), contextlib.nullcontext() if rendered else inert_materials():
+def building(*, rendered: bool, observed: bool = False) -> Iterator[None]:
+    """The surroundings in which a scene is built: quiet, and without materials unless it is `rendered`.
+
+    Where pictures are `observed` and drawn by the processor, with coarse meshes.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_drivers())
+        if not rendered:
+            stack.enter_context(inert_materials())
+        elif observed and renders_in_software():
+            stack.enter_context(coarse_meshes())
         yield
 
 
@@ -151,9 +161,14 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
         self._seed = seed
         self._unseeded_resets = 0
         self._has_state = False
+        self._observes_pictures = any(m.is_image for m in spec.observation.values())
         self._episode_seeds: dict[int, int] | None = None
         self._initialize_scenes: Callable[[Tensor, Info], None] = base._initialize_episode
         base._initialize_episode = self._initialize_episode
+        self._skips_pictures = False
+        self._pictures: Info | None = None
+        self._draw_pictures: Callable[..., Info] = base._get_obs_sensor_data
+        base._get_obs_sensor_data = self._sensor_data
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +193,7 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
             RobopolicyError: some environments of a task whose shapes vary were to be reset with seeds.
         """
         self._require_open()
+        self._pictures = None
         options = dict(options or {})
         rows = self._rows(options.pop("env_idx", None))
         seeds = self._as_seeds(seed, rows)
@@ -282,8 +298,21 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
             thing.hide_visual()
         return torch.stack(pictures)
 
+    def skip_pictures(self, skip: bool) -> None:
+        """Say whether nobody will look at the cameras' pictures of the steps that follow; then `step` shows old ones.
+
+        Without a GPU a picture costs as much as tens of steps. `reset` always shows new ones.
+        """
+        self._skips_pictures = skip
+
     def close_extras(self, **kwargs: Any) -> None:
         self.base_env.close()
+
+    def _sensor_data(self, *args: Any) -> Info:
+        """Stand in for the task's own method."""
+        if self._pictures is None or not self._skips_pictures:
+            self._pictures = self._draw_pictures(*args)
+        return self._pictures
 
     def _frame(self, obs: Info) -> Frame:
         """Sort ManiSkill's observation into modalities; always new tensors."""
@@ -351,7 +380,7 @@ class SimVectorEnv(gymnasium.vector.VectorEnv):
     def _rebuilding(self, options: Info, partial: bool) -> contextlib.AbstractContextManager[None]:
         if not options.get("reconfigure") and (partial or self.base_env.reconfiguration_freq == 0):
             return contextlib.nullcontext()
-        return building(rendered=self.base_env.scene.can_render())
+        return building(rendered=self.base_env.scene.can_render(), observed=self._observes_pictures)
 
     def _require_open(self) -> None:
         if self.closed:

@@ -64,7 +64,8 @@ def test_every_choice_composes(verb: str, group: str, choice: str) -> None:
     cfg = composing.compose(verb, [f"{group}={choice}"])
     composing.to_yaml(cfg)  # resolves every interpolation
     if group == "task":
-        assert cfg.task.name == choice
+        assert cfg.task.name == choice.removesuffix("_rgb")
+        assert cfg.task.obs_mode == ("rgb64" if choice.endswith("_rgb") else "state")
 
 
 def test_train_offers_every_task_and_policy() -> None:

@@ -316,7 +316,7 @@ def test_wrong_settings_say_what_would_work() -> None:
     for kwargs, message in [
         ({"backend": "gpu"}, "simulation backend 'gpu'"),
         ({"control_mode": "pd_ee_delta_po"}, "Did you mean 'pd_ee_delta_pos'"),
-        ({"obs_mode": "depth"}, "observation mode 'depth'.*Known: rgb, state"),
+        ({"obs_mode": "depth"}, "observation mode 'depth'.*Known: rgb, rgb64, state"),
         ({"num_envs": 0}, "num_envs must be at least 1"),
         ({"num_envs": 2, "backend": "single"}, "Use backend 'cpu'"),
     ]:

@@ -22,7 +22,11 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
         "more of them, with joint increments as actions; the same command goes on after an interruption",
     ),
     (
-        "robopolicy collect task=pick_cube source=my_demos.h5 obs_mode=rgb",
+        "robopolicy collect task=pick_cube_rgb source=demos/pick_cube/pd_ee_delta_pos.state.h5",
+        "camera pictures of demonstrations that are there already; nothing is planned or simulated again",
+    ),
+    (
+        "robopolicy collect task=pick_cube source=my_demos.h5",
         "your own ManiSkill trajectories, replayed with the observations and actions that training wants",
     ),
 )
@@ -154,13 +158,12 @@ def _say(cfg: DictConfig, path: Path, counts: Mapping[str, Any], made: int, took
 
 
 def _train_command(cfg: DictConfig, path: Path) -> str:
+    from robopolicy.app.run_config import task_words
     from robopolicy.envs.tasks import find_task
 
-    words = ["robopolicy", "train", f"task={cfg.task.name}"]
+    words = ["robopolicy", "train", *task_words({"name": cfg.task.name, "obs_mode": cfg.obs_mode})]
     if cfg.control_mode != find_task(cfg.task.name).control_mode:
         words.append(f"task.control_mode={cfg.control_mode}")
-    if cfg.obs_mode != "state":
-        words.append(f"task.obs_mode={cfg.obs_mode}")
     if cfg.out_dir != "demos":
         words.append(f"data.path={path}")
     return shlex.join(words)

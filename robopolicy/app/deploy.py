@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from robopolicy.deploy.robot import RobotFile
     from robopolicy.policies.planners import Planner
     from robopolicy.training.checkpoint import LoadedPolicy
+    from robopolicy.types import TaskSpec
 
 EXAMPLES: tuple[tuple[str, str], ...] = (
     ("robopolicy deploy checkpoint=pick_cube", "check a checkpoint against a simulated robot: no motion"),
@@ -88,7 +89,6 @@ def _load(cfg: DictConfig) -> LoadedPolicy:
     from robopolicy.app.build import build_policy
     from robopolicy.policies.base import Policy
     from robopolicy.training import checkpoint
-    from robopolicy.types import TaskSpec
 
     def build(config: Mapping[str, Any], spec: TaskSpec) -> Policy:
         merged = OmegaConf.create(dict(config))
@@ -146,7 +146,7 @@ def _bridge(cfg: DictConfig, file: RobotFile, loaded: LoadedPolicy, console: Con
     with contextlib.ExitStack() as stack:
         url = cfg.bridge.url
         if url == SIMROBOT:
-            url = stack.enter_context(_simulated(loaded.spec.name, console))
+            url = stack.enter_context(_simulated(loaded.spec, console))
         robot = RemoteRobot(
             file,
             url=url,
@@ -164,13 +164,18 @@ def _bridge(cfg: DictConfig, file: RobotFile, loaded: LoadedPolicy, console: Con
 
 
 @contextlib.contextmanager
-def _simulated(task: str, console: Console) -> Iterator[str]:
-    """Run `robopolicy simrobot` in a process of its own, so that it does not share the loop's interpreter."""
-    from robopolicy.app.simrobot import spawn
+def _simulated(spec: TaskSpec, console: Console) -> Iterator[str]:
+    """Run `robopolicy simrobot` in a process of its own, so that it does not share the loop's interpreter.
 
+    It has the cameras that a policy for `spec` observes.
+    """
+    from robopolicy.app.simrobot import spawn
+    from robopolicy.envs.specs import ObsMode
+
+    words = [f"task={spec.name}", f"task.obs_mode={ObsMode.of(spec)}"]
     with contextlib.ExitStack() as stack:
-        with console.status(f"starting the simulated robot of task {task}"):
-            url = stack.enter_context(spawn([f"task={task}"]))
+        with console.status(f"starting the simulated robot of task {spec.name}"):
+            url = stack.enter_context(spawn(words))
         yield url
 
 

@@ -288,6 +288,7 @@ def _environment(job: _Job, *, num_envs: int, render: bool = False) -> Environme
         SpecMismatchError: it observes or acts otherwise.
     """
     from robopolicy.envs import make
+    from robopolicy.envs.specs import ObsMode
 
     cfg, loaded = job.cfg, job.loaded
     saved = loaded.spec
@@ -296,7 +297,7 @@ def _environment(job: _Job, *, num_envs: int, render: bool = False) -> Environme
         num_envs=num_envs,
         backend=job.backend,
         control_mode=saved.action.control_mode,
-        obs_mode="rgb" if _sees_images(loaded) else "state",
+        obs_mode=str(ObsMode.of(saved)),
         max_episode_steps=job.settings["max_episode_steps"],
         render=render,
         **({"render_size": cfg.video_tile_px} if render else {}),

@@ -91,15 +91,15 @@ def build_env(loaded: LoadedPolicy, num_envs: int) -> Environment:
         SpecMismatchError: it observes or acts otherwise.
     """
     from robopolicy.envs import make
+    from robopolicy.envs.specs import ObsMode
 
     saved = loaded.spec
-    images = any(modality.is_image for modality in saved.observation.values())
     env: Environment = make(
         saved.name,
         num_envs=num_envs,
         backend="cpu",
         control_mode=saved.action.control_mode,
-        obs_mode="rgb" if images else "state",
+        obs_mode=str(ObsMode.of(saved)),
         max_episode_steps=saved.max_episode_steps,
     )
     saved.require_same(env.task_spec, mine=f"The policy in {loaded.path}", theirs=f"task {env.task_spec.name!r}")

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from robopolicy import atomic
+from robopolicy.app import cli
 from robopolicy.errors import CheckpointError
 from robopolicy.training import checkpoint
 
@@ -32,7 +33,7 @@ def run_folder(cfg: DictConfig) -> Path:
     """
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     policy = choices.get("policy", "policy")
-    name = cfg.run or "-".join([cfg.task.name, policy, f"s{cfg.seed}", *_swept()])
+    name = cfg.run or "-".join([choices.get("task", cfg.task.name), policy, f"s{cfg.seed}", *_swept()])
     return Path(cfg.checkpoints_dir) / name
 
 
@@ -89,8 +90,19 @@ def resume_command(cfg: Mapping[str, Any]) -> str:
 
 def collect_command(cfg: Mapping[str, Any], given: Sequence[str]) -> str:
     """Return what to type to get the demonstrations that `cfg` looks for."""
-    words = [word for word in given if word.startswith("task.")]
-    return shlex.join(["robopolicy", "collect", f"task={cfg['task']['name']}", *words])
+    words = [word for word in given if word.startswith("task.") and not word.startswith("task.obs_mode=")]
+    return shlex.join(["robopolicy", "collect", *task_words(cfg["task"]), *words])
+
+
+def task_words(task: Mapping[str, Any]) -> list[str]:
+    """Return what to type to mean the config `task` with what it observes."""
+    name, obs_mode = task["name"], task["obs_mode"]
+    if obs_mode == "state":
+        return [f"task={name}"]
+    short = f"{name}_rgb"
+    if obs_mode == "rgb64" and (cli.configs_folder() / "task" / f"{short}.yaml").is_file():
+        return [f"task={short}"]
+    return [f"task={name}", f"task.obs_mode={obs_mode}"]
 
 
 def _differences(key: str, had: Any, asked: Any) -> Iterator[str]:
