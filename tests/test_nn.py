@@ -156,7 +156,7 @@ def test_encoder_width_is_what_it_says(camera, state_width):
     encoder = ObservationEncoder(
         spec.observation, 3, state_width=state_width, image=partial(ImageEncoder, out_dim=7, widths=(16, 16))
     )
-    expected = (3 * (9 + 5) if state_width is None else 2 * 12) + (3 * 7 if camera else 0)
+    expected = (3 * (9 + 5) if state_width is None else 2 * 12) + (7 if camera else 0)  # the newest picture alone
     assert encoder.out_dim == expected
     assert encoder(normalised(spec, 4, 3)).shape == (4, expected)
 

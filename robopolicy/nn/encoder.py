@@ -23,6 +23,8 @@ class ObservationEncoder(nn.Module):
         use: names of the modalities to use; None uses all.
         state_width: if set, each state modality's window passes through an MLP of this width and output size.
         image: factory of the image encoder, called with the image's shape (C, Y, X); has `out_dim`.
+        image_steps: how many images of a window are looked at, the newest ones; None for all. Images cost as many
+            times more than everything else, and `proprio` tells the motion.
         optional: names of the modalities that may be missing in some rows, where they are NaN. Each has a column at
             the end that is 1 where it is missing and all else of it is 0: the weights of that column in the layer that
             follows are a learned null token.
@@ -39,6 +41,7 @@ class ObservationEncoder(nn.Module):
         use: Sequence[str] | None = None,
         state_width: int | None = None,
         image: Callable[[Sequence[int]], ImageEncoder] = ImageEncoder,
+        image_steps: int | None = 1,
         optional: Sequence[str] = (),
         prioritised: Sequence[str] | None = None,
         screen: Callable[..., ModalityScreen] | None = None,
@@ -53,6 +56,9 @@ class ObservationEncoder(nn.Module):
             optional = [name for name in names if name not in prioritised]
         if not set(optional) <= set(observation):
             raise ValueError(f"optional must be some of {', '.join(observation)}; got {', '.join(optional)}.")
+        self.image_steps = n_obs_steps if image_steps is None else image_steps
+        if not 1 <= self.image_steps <= n_obs_steps:
+            raise ValueError(f"image_steps must be in [1, {n_obs_steps}], the length of the window; got {image_steps}.")
         self.optional = tuple(name for name in optional if name in names)
         self.screen = screen(observation, n_obs_steps, optional=self.optional) if screen is not None else None
         self.states = tuple(name for name in names if not observation[name].is_image)
@@ -68,7 +74,7 @@ class ObservationEncoder(nn.Module):
         image_nets = {_key(name): image(observation[name].shape) for name in self.images}
         self.image_nets = nn.ModuleDict(image_nets)
         image_width = sum(net.out_dim for net in image_nets.values())
-        self.out_dim = sum(widths.values()) + n_obs_steps * image_width + len(self.optional)
+        self.out_dim = sum(widths.values()) + self.image_steps * image_width + len(self.optional)
 
     def forward(self, modalities: Mapping[str, Tensor], *, generator: Rng = None) -> Tensor:
         """Return [B, out_dim] from normalised `modalities` [B, O, ...]; `generator` places crops in training."""
@@ -86,7 +92,7 @@ class ObservationEncoder(nn.Module):
             windows = torch.cat([modalities[name] for name in self.states], dim=-1)
             parts.append(rearrange(windows, "b o s -> b (o s)"))
         for name in self.images:
-            features = self.image_nets[_key(name)](modalities[name], generator=generator)
+            features = self.image_nets[_key(name)](modalities[name][:, -self.image_steps :], generator=generator)
             features = _blank(features, missing[name]) if name in missing else features
             parts.append(rearrange(features, "b o d -> b (o d)"))
         if missing:

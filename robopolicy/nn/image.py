@@ -2,7 +2,10 @@
 
 Group norm rather than batch norm because the weights are averaged for evaluation (Chi et al. 2023, arXiv:2303.04137,
 section 3.2); spatial softmax after Levine et al. 2016 (arXiv:1504.00702); random crops in training, the centre crop
-otherwise.
+otherwise. Here keypoints are told in coordinates of the whole image, not of the crop: in a picture of 64 x 64 a pixel
+is 2 cm of table, and a crop that moved what it shows by three of them would hide where things are.
+
+docs/rgb.md has what it costs, and what other sizes cost.
 """
 
 from __future__ import annotations
@@ -16,12 +19,16 @@ from torch import Tensor, nn
 
 from robopolicy.rng import Rng, randint
 
+STEM_PX = 32
+"""The first layer's stride is such that its maps are at most this wide: the cost does not grow with the image."""
+
 
 class ImageEncoder(nn.Module):
     """Images [B, O, C, Y, X] in [-1, 1] -> features [B, O, out_dim].
 
     `crop_fraction` is the side of the crop over the side of the image; 1 switches cropping off. All images of a
-    window are cropped alike, so that motion between them stays visible.
+    window are cropped alike, so that motion between them stays visible. Every second block halves the maps, the first
+    one too: with three widths the maps of a 64 x 64 image are 29, 15 and 15 wide.
     """
 
     def __init__(
@@ -29,7 +36,7 @@ class ImageEncoder(nn.Module):
         shape: Sequence[int],
         *,
         out_dim: int = 64,
-        widths: Sequence[int] = (32, 64, 128),
+        widths: Sequence[int] = (16, 32, 32),
         num_keypoints: int = 32,
         crop_fraction: float = 0.9,
     ) -> None:
@@ -38,17 +45,36 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"crop_fraction must be in (0, 1]; got {crop_fraction}.")
         channels, height, width = (int(s) for s in shape)
         self.out_dim = out_dim
+        self.size = (height, width)
         self.crop = (round(crop_fraction * height), round(crop_fraction * width))
         dims = [int(w) for w in widths]
-        stem = nn.Sequential(nn.Conv2d(channels, dims[0], 5, stride=2, padding=2), _norm(dims[0]), nn.SiLU())
-        blocks = [_Block(i, o, stride=2) for i, o in itertools.pairwise(dims)]
-        self.features = nn.Sequential(stem, _Block(dims[0], dims[0]), *blocks, nn.Conv2d(dims[-1], num_keypoints, 1))
+        strides = [2 - number % 2 for number in range(len(dims) - 1)]
+        first = max(2, -(-max(self.crop) // STEM_PX))
+        self.stride = first
+        for stride in strides:
+            self.stride *= stride
+        stem = nn.Sequential(
+            nn.Conv2d(channels, dims[0], 2 * first + 1, stride=first, padding=first), _norm(dims[0]), nn.SiLU()
+        )
+        blocks = [_Block(i, o, stride=s) for (i, o), s in zip(itertools.pairwise(dims), strides, strict=True)]
+        self.features = nn.Sequential(stem, *blocks, nn.Conv2d(dims[-1], num_keypoints, 1))
+        self.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.out = nn.Linear(2 * num_keypoints, out_dim)
 
     def forward(self, images: Tensor, *, generator: Rng = None) -> Tensor:
-        images = random_crop(images, self.crop, generator) if self.training else centre_crop(images, self.crop)
-        maps = self.features(rearrange(images, "b o c y x -> (b o) c y x"))
-        return rearrange(self.out(spatial_softmax(maps)), "(b o) d -> b o d", o=images.shape[1])
+        steps = images.shape[1]
+        if self.training:
+            corners = random_corners(len(images), self.size, self.crop, generator=generator, device=images.device)
+            images = cut(images, corners, self.crop)
+            corners = corners.repeat_interleave(steps, dim=0)
+        else:
+            images = centre_crop(images, self.crop)
+            top, left = ((have - want) // 2 for have, want in zip(self.size, self.crop, strict=True))
+            corners = torch.tensor([[top, left]], device=images.device)
+        images = rearrange(images, "b o c y x -> (b o) c y x").contiguous(memory_format=torch.channels_last)
+        maps = self.features(images)
+        points = in_whole_image(spatial_softmax(maps), corners, maps.shape[-2:], self.stride, self.size)
+        return rearrange(self.out(points), "(b o) d -> b o d", o=steps)
 
 
 class _Block(nn.Module):
@@ -90,12 +116,50 @@ def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def random_crop(images: Tensor, size: tuple[int, int], generator: Rng = None) -> Tensor:
     """Cut [..., size] out of `images` [B, O, C, Y, X] at a place drawn per row."""
-    device, (height, width) = images.device, images.shape[-2:]
+    height, width = images.shape[-2:]
+    return cut(
+        images, random_corners(len(images), (height, width), size, generator=generator, device=images.device), size
+    )
+
+
+def random_corners(
+    batch: int,
+    image: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    generator: Rng = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return where crops of `size` begin in images of size `image`: top and left, [B, 2] int64, drawn per row."""
     # one draw per row, so that rows with their own generators stay independent
-    place = randint(1 << 30, len(images), 2, generator=generator, device=device)
-    top, left = place[:, 0] % (height - size[0] + 1), place[:, 1] % (width - size[1] + 1)
-    rows = top[:, None] + torch.arange(size[0], device=device)
-    columns = left[:, None] + torch.arange(size[1], device=device)
+    drawn = randint(1 << 30, batch, 2, generator=generator, device=device)
+    slack = torch.tensor([have - want + 1 for have, want in zip(image, size, strict=True)], device=drawn.device)
+    return drawn % slack
+
+
+def cut(images: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut [..., size] out of `images` [B, O, C, Y, X], from `corners` [B, 2] on."""
+    device = images.device
+    rows = corners[:, :1] + torch.arange(size[0], device=device)
+    columns = corners[:, 1:] + torch.arange(size[1], device=device)
     batch = torch.arange(len(images), device=device)
-    cut = images[batch[:, None, None], :, :, rows[:, :, None], columns[:, None, :]]
-    return rearrange(cut, "b y x o c -> b o c y x")
+    pieces = images[batch[:, None, None], :, :, rows[:, :, None], columns[:, None, :]]
+    return rearrange(pieces, "b y x o c -> b o c y x")
+
+
+def in_whole_image(points: Tensor, corners: Tensor, maps: Sequence[int], stride: int, image: tuple[int, int]) -> Tensor:
+    """Return keypoints of feature maps as places in the whole image, in [-1, 1]: [B, 2 K], first all x, then all y.
+
+    Cell i of a map is centred on pixel `stride` i of the crop.
+
+    Args:
+        points: [B, 2 K], as `spatial_softmax` returns them.
+        corners: [B, 2] or [1, 2], top and left of the crop.
+        maps: height and width of the maps.
+        image: height and width of the whole image.
+    """
+    x, y = points.chunk(2, dim=-1)
+    top, left = corners[:, :1], corners[:, 1:]
+    x = (2 * left + stride * (maps[1] - 1) * (x + 1)) / (image[1] - 1) - 1
+    y = (2 * top + stride * (maps[0] - 1) * (y + 1)) / (image[0] - 1) - 1
+    return torch.cat([x, y], dim=-1)
