@@ -231,6 +231,7 @@ def _run_wave(
     clock.reset_s += clock.now() - before
     ever = torch.zeros(env.num_envs, dtype=torch.bool)
     nobody = torch.zeros(env.num_envs, dtype=torch.bool)
+    skip_pictures = getattr(env, "skip_pictures", None)  # drawing those that no plan will see may take most of the time
     for step in range(steps):
         before = clock.now()
         action = actor(frame, generator=generators)
@@ -241,6 +242,8 @@ def _run_wave(
             record.note_plans(getattr(actor, "planned", None), step)
         _check_action(action, env, seeds, step)
         before = clock.now()
+        if skip_pictures is not None:
+            skip_pictures(not getattr(actor, "sees_next", True))
         frame, reward, _, _, info = env.step(action.to(env.device))
         clock.simulation_s += clock.now() - before
         success = _success(info, env)
