@@ -15,6 +15,7 @@ from robopolicy.nn.encoder import ObservationEncoder
 from robopolicy.nn.image import ImageEncoder
 from robopolicy.nn.mlp import ChunkMLP
 from robopolicy.nn.unet import ChunkUNet
+from robopolicy.policies import engines
 from robopolicy.policies.actors import ChunkActor
 from robopolicy.policies.diffusion import DiffusionPolicy
 from robopolicy.policies.engines import GraphEngine, build_engine
@@ -250,3 +251,11 @@ def test_compiled_code_acts_as_the_policy_does(policy):
         found = engine.act(window, sampler=DDPMSampler(num_inference_steps=2), generator=noise())
         wanted = policy.act(window, sampler=DDPMSampler(num_inference_steps=2), generator=noise())
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(16, 4), (8, 2), (5, 3), (16, 7)])
+def test_noise_drawn_at_once_is_that_drawn_one_after_the_other(shape):
+    for generator in (lambda: noise(), lambda: [noise()]):
+        found = engines._draw((3, 1, *shape), 1, generator())
+        given = generator()
+        assert torch.equal(found, torch.stack([randn(1, *shape, generator=given) for _ in range(3)]))

@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from robopolicy.policies.planners import Planner
@@ -51,8 +53,8 @@ class ChunkActor:
         self._planner = planner
         self._window = ObservationWindow(planner.spec, timing.n_obs_steps, num_envs)
         self._ends = DiscreteEnds(planner.spec.action, num_envs, hysteresis=planner.hysteresis)
-        # how far each row has played: small, read every step, so kept on the CPU; chunks stay with the environments
-        self._step = torch.full((num_envs,), self.timing.n_action_steps)
+        # how far each row has played: small and read at every step, so kept by numpy; chunks stay with the environments
+        self._step = np.full(num_envs, self.timing.n_action_steps)
         self._chunk: Tensor | None = None
 
     def __call__(self, frame: Frame, *, generator: Rng = None) -> Tensor:
@@ -66,28 +68,40 @@ class ChunkActor:
         if self.replanned:
             self._replan(stale, generator)
         assert self._chunk is not None
-        action = self._chunk[torch.arange(self.num_envs), self.timing.now + self._step]
+        index = self.timing.now + self._step
+        if np.count_nonzero(index == index[0]) == self.num_envs:
+            action = self._chunk.select(1, int(index[0]))
+        else:
+            action = self._chunk[torch.arange(self.num_envs), torch.from_numpy(index)]
         self._step += 1
         return self._ends.round(action)
+
+    @property
+    def sees_next(self) -> bool:
+        """Whether the frame that follows the last action will be in the window of a plan."""
+        return bool((self._step > self.timing.n_action_steps - self.timing.n_obs_steps).any())
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Forget window and chunk of `rows` [N] bool (None: of all); call whenever those environments reset."""
         self._window.reset(rows)
         self._planner.reset(rows)
         self._ends.reset(rows)
-        self._step[slice(None) if rows is None else rows.cpu()] = self.timing.n_action_steps
+        self._step[slice(None) if rows is None else rows.cpu().numpy()] = self.timing.n_action_steps
 
-    def _replan(self, stale: Tensor, generator: Rng) -> None:
-        rows = stale.nonzero().flatten()
+    def _replan(self, stale: NDArray[np.bool_], generator: Rng) -> None:
+        at = np.flatnonzero(stale)
+        rows, shift = torch.from_numpy(at), torch.from_numpy(self._step[at])
         obs = self._window.observation
-        if len(rows) < self.num_envs:
+        if len(at) < self.num_envs:
             obs, generator = obs.take(rows), take_generators(generator, rows)
-        chunk = self._planner(obs, rows, shift=self._step[rows], generator=generator)
+        chunk = self._planner(obs, rows, shift=shift, generator=generator)
         self.planned = Planned(rows=rows, diagnostics=self._planner.diagnostics)
-        if self._chunk is None:
-            self._chunk = chunk.new_empty(self.num_envs, *chunk.shape[1:])
-        self._chunk[rows] = chunk
-        self._step[rows] = 0
+        if len(at) == self.num_envs:
+            self._chunk = chunk  # the planner's too, so nobody writes into it
+        else:
+            assert self._chunk is not None  # all rows have been planned for at the first step
+            self._chunk = self._chunk.index_put((rows.to(chunk.device),), chunk)
+        self._step[at] = 0
 
 
 class ObservationWindow:
@@ -96,7 +110,7 @@ class ObservationWindow:
     def __init__(self, spec: TaskSpec, n_obs_steps: int, num_envs: int) -> None:
         self._names = tuple(spec.observation)
         self._steps = n_obs_steps
-        self._fresh = torch.ones(num_envs, dtype=torch.bool)
+        self._fresh = np.ones(num_envs, dtype=bool)
         self._history: dict[str, Tensor] = {}
 
     @property
@@ -105,23 +119,23 @@ class ObservationWindow:
 
     def push(self, frame: Frame) -> None:
         """Append `frame` and drop the oldest one."""
-        all_fresh, any_fresh = bool(self._fresh.all()), bool(self._fresh.any())
+        num_fresh = np.count_nonzero(self._fresh)
         history = {}
         for name in self._names:
-            now = frame[name][:, None]
-            repeated = now.expand(-1, self._steps, *now.shape[2:])
-            if all_fresh:
-                history[name] = repeated
+            now = frame[name].unsqueeze(1)
+            if num_fresh == len(self._fresh):
+                history[name] = now.expand(-1, self._steps, *now.shape[2:])
                 continue
-            history[name] = torch.cat([self._history[name][:, 1:], now], dim=1)
-            if any_fresh:
-                history[name][self._fresh] = repeated[self._fresh]
+            history[name] = torch.cat([self._history[name].narrow(1, 1, self._steps - 1), now], dim=1)
+            if num_fresh:
+                fresh = torch.from_numpy(self._fresh)
+                history[name][fresh] = now[fresh]
         self._history = history
         self._fresh[:] = False
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Start the windows of `rows` [N] bool (None: all) anew with the next frame."""
-        self._fresh[slice(None) if rows is None else rows.cpu()] = True
+        self._fresh[slice(None) if rows is None else rows.cpu().numpy()] = True
 
 
 class DiscreteEnds:
@@ -142,27 +156,25 @@ class DiscreteEnds:
         self._any = any(action.discrete)
         self._discrete = torch.tensor(action.discrete)
         self._low, self._high = torch.tensor(action.low), torch.tensor(action.high)
-        self._hysteresis = hysteresis
-        self._side = torch.zeros(
-            num_envs, action.dim
-        )  # 1 at the high end, -1 at the low one, 0 before the first action
+        middle, margin = (self._low + self._high) / 2, hysteresis * (self._high - self._low) / 2
+        self._if_high, self._if_low, self._if_new = middle - margin, middle + margin, middle
+        """Where the next action counts as high: after a high one, after a low one, as the first."""
+        self._middle = middle.repeat(num_envs, 1)
+        """Where the next action of each row counts as high, [N, A]."""
+        self._has_memory = hysteresis > 0.0
 
     def round(self, action: Tensor) -> Tensor:
-        """[N, A] -> [N, A]."""
+        """[N, A] -> [N, A], a tensor of its own."""
         if not self._any:
-            return action
+            return action.clone()
         if self._discrete.device != action.device:
-            self._discrete, self._low, self._high, self._side = (
-                x.to(action.device) for x in (self._discrete, self._low, self._high, self._side)
-            )
-        middle = (self._low + self._high) / 2
-        if self._hysteresis:
-            middle = middle - self._side * self._hysteresis * (self._high - self._low) / 2
-        up = action >= middle
-        if self._hysteresis:
-            self._side = up.to(self._side.dtype).mul_(2).sub_(1)
+            for name in ("_discrete", "_low", "_high", "_if_high", "_if_low", "_if_new", "_middle"):
+                setattr(self, name, getattr(self, name).to(action.device))
+        up = action >= self._middle
+        if self._has_memory:
+            self._middle = torch.where(up, self._if_high, self._if_low)
         return torch.where(self._discrete, torch.where(up, self._high, self._low), action)
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Forget the ends of `rows` [N] bool (None: all)."""
-        self._side[slice(None) if rows is None else rows.to(self._side.device)] = 0.0
+        self._middle[slice(None) if rows is None else rows.to(self._middle.device)] = self._if_new

@@ -37,6 +37,8 @@ class Planner(Protocol):
     def __call__(self, obs: Observation, rows: Tensor, *, shift: Tensor, generator: Rng = None) -> Tensor:
         """Return the chunks [K, H, A] of the environments `rows`, in environment units, on the device of `obs`.
 
+        They are not to be written into: a planner may go on from them.
+
         Args:
             obs: their K windows.
             rows: [K] int, which environments these are.
