@@ -55,6 +55,11 @@ def randint(high: int, *shape: int, generator: Rng = None, device: torch.device 
     return torch.stack([torch.randint(high, shape[1:], generator=g, device=g.device) for g in generator]).to(device)
 
 
+def rand(*shape: int, generator: Rng = None, device: torch.device | str = "cpu") -> Tensor:
+    """Return uniform float32 numbers in [0, 1) of `shape`; generators as in `randn`."""
+    return randint(1 << 24, *shape, generator=generator, device=device) / (1 << 24)
+
+
 def take_generators(generator: Rng, rows: Tensor) -> Rng:
     """Return the generators of `rows` [K] int where there is one per row; a single one serves any rows."""
     if generator is None or isinstance(generator, torch.Generator | NoiseTape):

@@ -376,7 +376,7 @@ def test_a_warm_start_planner_drives_it():
     planner.reset(torch.tensor([True, False, False]))
     planner(obs, rows, shift=shift, generator=seeded(1, 2, 3))
     assert planner.diagnostics["network_calls"].tolist() == [5, 2, 2]
-    with pytest.raises(RobopolicyError, match="set warm_start=null"):
+    with pytest.raises(RobopolicyError, match=r"planner\.warm_start=null"):
         policy.refine(obs, chunk, warm_start=Descent())
 
 

@@ -85,10 +85,9 @@ def build_planner(config: Mapping[str, Any] | DictConfig, policy: Policy, num_en
         raise RobopolicyError(f"planner{f'.{where}' if where else ''}: {error.__cause__ or error}") from error
     except (TypeError, ValueError) as error:
         raise RobopolicyError(f"planner: {error}") from error
-    warm_start: Any = getattr(planner, "warm_start", None)
-    schedule = getattr(policy, "schedule", None)
-    if hasattr(warm_start, "check") and schedule is not None:
-        warm_start.check(schedule)  # fails here rather than at the second action
+    if hasattr(planner, "warm_start"):
+        refining: Any = policy
+        refining.resolve_warm_start(planner.warm_start)  # fails here rather than at the second action
     return planner
 
 

@@ -157,7 +157,7 @@ class DiffusionPolicy(Policy):
             RobopolicyError: neither `warm_start` nor the policy's own is set; an input is not finite.
             ShapeError: `guess` is no chunk of each row.
         """
-        warm_start = self._warm_start(warm_start)
+        warm_start = self.resolve_warm_start(warm_start)
         if not torch.compiler.is_compiling():
             self.check_inputs(obs, guess)
         with torch.inference_mode():
@@ -176,7 +176,7 @@ class DiffusionPolicy(Policy):
         Returns:
             Chain at the second level [B, H, A] in network units, encoded observation [B, D], first estimate [B, H, A].
         """
-        warm_start = self._warm_start(warm_start)
+        warm_start = self.resolve_warm_start(warm_start)
         if not torch.compiler.is_compiling():
             self.check_inputs(obs, guess)
         with torch.inference_mode():
@@ -191,13 +191,24 @@ class DiffusionPolicy(Policy):
         self, x: Tensor, cond: Tensor, *, warm_start: WarmStart | None = None, generator: Rng = None
     ) -> Tensor:
         """Return `refine`'s chunk [B, H, A] by the remaining steps, from what `refine_first` returned."""
-        warm_start = self._warm_start(warm_start)
+        warm_start = self.resolve_warm_start(warm_start)
         steps = warm_start.steps(self.schedule, self.prediction)[1:]
         with torch.inference_mode():
             if steps:
                 x, _ = self._denoise(x, cond, steps, warm_start.clip_sample, generator)
             chunk = self.clip(self.norm.decode("action", x))
         return chunk.clone()
+
+    def resolve_warm_start(self, asked: Any = None) -> WarmStart:
+        """Return what refines a guess: `asked`, else the policy's own; raise RobopolicyError if it cannot."""
+        found = asked or self.warm_start
+        if not isinstance(found, WarmStart):
+            raise RobopolicyError(
+                f"This policy cannot use a guess without a warm start that says how to refine it, "
+                f"WarmStart(timesteps=[7, 3, 0]) for example (planner=rti has one); got {found}."
+            )
+        found.check(self.schedule)
+        return found
 
     def diagnose(self, obs: Observation) -> dict[str, Tensor]:
         """Return which modalities of each row [B] count as missing, and how doubtful they are; see `nn.screen`."""
@@ -224,16 +235,6 @@ class DiffusionPolicy(Policy):
             raise RobopolicyError(
                 f"The weights predict {prediction!r}; this policy takes them for {self.prediction!r}."
             )
-
-    def _warm_start(self, asked: WarmStart | None) -> WarmStart:
-        found = asked or self.warm_start
-        if not isinstance(found, WarmStart):
-            raise RobopolicyError(
-                f"This policy cannot use a guess without a warm start that says how to refine it, "
-                f"WarmStart(timesteps=[7, 3, 0]) for example; got {found}."
-            )
-        found.check(self.schedule)
-        return found
 
     def _denoise(
         self, x: Tensor, cond: Tensor, steps: Sequence[Step], clip: bool, generator: Rng

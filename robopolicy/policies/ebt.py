@@ -26,14 +26,13 @@ from torch import Tensor, nn
 
 from robopolicy.errors import RobopolicyError, UnknownNameError
 from robopolicy.policies.base import Policy
-from robopolicy.rng import Rng, randint, randn
+from robopolicy.rng import Rng, rand, randint, randn
 from robopolicy.sampling.descent import CandidateDiagnostics, Descent, Diagnostics, Energy, StepRule
 from robopolicy.sampling.objective import UNROLLED, Objective
 from robopolicy.timing import ChunkTiming
 from robopolicy.types import Batch, Observation, TaskSpec, check_shape
 
 ReplanSignal = Literal["gradient_norm", "energy_drop"]
-UNIFORM_STEPS = 1 << 24
 
 
 class EnergyPolicy(Policy):
@@ -156,7 +155,7 @@ class EnergyPolicy(Policy):
         alpha: Tensor | float = self._alpha()
         if objective.alpha_jitter > 1:
             low, high = 1.0 / objective.alpha_jitter, objective.alpha_jitter
-            alpha = alpha * (low + (high - low) * _uniform(size, 1, 1, generator=generator, device=clean.device))
+            alpha = alpha * (low + (high - low) * rand(size, 1, 1, generator=generator, device=clean.device))
         move: Tensor | None = None
         errors = []
         for k in range(steps):
@@ -189,7 +188,7 @@ class EnergyPolicy(Policy):
     def _corrupted(self, clean: Tensor, generator: Rng) -> Tensor:
         """Return the target with noise of a log-uniform level; `pure_share` of the rows are noise alone."""
         size, objective = len(clean), self.objective
-        draw = _uniform(size, 2, 1, generator=generator, device=clean.device)
+        draw = rand(size, 2, 1, generator=generator, device=clean.device)
         sigma = objective.sigma_min * (objective.sigma_max / objective.sigma_min) ** draw[:, :1]
         pure = draw[:, 1:] < objective.pure_share
         noise = _noise_like(clean, generator)
@@ -198,7 +197,7 @@ class EnergyPolicy(Policy):
 
     def _score_loss(self, clean: Tensor, context: Tensor, weight: Tensor | None, generator: Rng) -> Tensor:
         objective = self.objective
-        draw = _uniform(len(clean), 1, 1, generator=generator, device=clean.device)
+        draw = rand(len(clean), 1, 1, generator=generator, device=clean.device)
         sigma = objective.sigma_min * (objective.sigma_max / objective.sigma_min) ** draw
         noise = _noise_like(clean, generator)
         moved = self.rule(self._energy(context), torch.addcmul(clean, sigma, noise), None, 1.0, create_graph=True)
@@ -259,12 +258,17 @@ class EnergyPolicy(Policy):
         What a WarmStartPlanner calls; how the guess is noised and refined is the sampler's to say, so `warm_start` must
         be None.
         """
-        if warm_start is not None:
-            raise RobopolicyError(
-                "An energy policy descends from its guess as policy.sampler says: set warm_start=null."
-            )
+        self.resolve_warm_start(warm_start)
         chunk = self.act(obs, guess=guess, generator=generator)
         return chunk, chunk
+
+    def resolve_warm_start(self, asked: Any = None) -> Descent:
+        """Return what refines a guess, the sampler; raise RobopolicyError if something else is `asked`."""
+        if asked is not None:
+            raise RobopolicyError(
+                "An energy policy descends from its guess as policy.sampler says: set planner.warm_start=null."
+            )
+        return self.sampler
 
     def network_calls(self, sampler: Any = None) -> int:
         """Return how many energy steps a chunk from noise takes at most; each is one forward and one input gradient."""
@@ -348,10 +352,6 @@ class EnergyPolicy(Policy):
 
 def _noise_like(value: Tensor, generator: Rng) -> Tensor:
     return randn(*value.shape, generator=generator, device=value.device)
-
-
-def _uniform(*shape: int, generator: Rng, device: torch.device) -> Tensor:
-    return randint(UNIFORM_STEPS, *shape, generator=generator, device=device) / UNIFORM_STEPS
 
 
 def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from robopolicy.errors import RobopolicyError, UnknownNameError
 from robopolicy.rng import Rng, randn
+from robopolicy.sampling.flow import even_times
 from robopolicy.sampling.prediction import Prediction
 from robopolicy.sampling.samplers import Step, check_timesteps, ddim_steps, ddpm_steps, posterior_step
 from robopolicy.sampling.schedule import NoiseSchedule
@@ -146,6 +147,16 @@ class FlowWarmStart:
         known = ("raw", "scaled", "renoise")
         if self.start not in known:
             raise UnknownNameError("start of a flow's warm start", self.start, known)
+
+    @property
+    def num_calls(self) -> int:
+        """Network calls per warm-started chunk."""
+        return self.num_inference_steps
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Where the steps begin; the last ends at 1."""
+        return even_times(self.tau, self.num_inference_steps)
 
     def begin(self, guess: Tensor, *, generator: Rng = None) -> Tensor:
         """Return where the flow restarts, [B, H, A], from `guess` [B, H, A] in network units."""
