@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -36,8 +38,10 @@ from robopolicy.evaluation.statistics import paired_difference_interval, wilson_
 from robopolicy.evaluation.uncertainty import failure_prediction
 from robopolicy.policies.actors import ChunkActor
 from robopolicy.policies.base import Policy
-from robopolicy.policies.planners import FreshPlanner
+from robopolicy.policies.planners import FreshPlanner, Planner
+from robopolicy.policies.warm_start import WarmStartPlanner
 from robopolicy.rng import Rng
+from robopolicy.sampling.samplers import DDPMSampler
 from robopolicy.training.ema import EMA
 from robopolicy.training.loop import train
 from robopolicy.training.optim import make_optimizer, make_scheduler
@@ -59,16 +63,28 @@ class Arm:
     policy: str
     overrides: tuple[str, ...] = ()
     samplers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"-": {}})
-    """Name to changes of `policy.sampler`."""
+    """Name to changes of `policy.sampler`; besides kind, num_candidates, and every_tick: plan each step anew (fresh) or
+    from the last chunk (warm)."""
     calls_per_step: float = 1.0
     """Forward-equivalents of one sampler step: an energy step is a forward and an input gradient, counted as 3."""
 
 
-STEPS = {f"{n} steps": {"max_steps": n} for n in (1, 2, 4, 8, 20)}
+COUNTS = (1, 2, 4, 8, 20)
+ENERGY_STEPS = {f"{n} steps": {"max_steps": n} for n in COUNTS}
+FLOW_STEPS = {f"{n} steps": {"num_inference_steps": n} for n in COUNTS}
+SCORE = ("policy.objective.kind=score", "policy.rule.step_size=fixed", "policy.sampler.schedule=flow")
 ARMS = {
     "ebt": Arm(
         policy="ebt",
-        samplers={**STEPS, "stops by itself": {"max_steps": 8, "stop": "step_length", "tolerance": 0.03}},
+        samplers={
+            **ENERGY_STEPS,
+            "stops by itself": {"max_steps": 8, "stop": "step_length", "tolerance": 0.03},
+            "best of 5, 4 steps": {"max_steps": 4, "num_candidates": 5},
+            "4 steps, every tick": {"max_steps": 4, "every_tick": "fresh"},
+            "2 steps, every tick": {"max_steps": 2, "every_tick": "fresh"},
+            "2 steps from the last chunk": {"warm_steps": 2, "every_tick": "warm"},
+            "1 step from the last chunk": {"warm_steps": 1, "every_tick": "warm"},
+        },
         calls_per_step=3.0,
     ),
     "ebt_paper": Arm(
@@ -86,16 +102,43 @@ ARMS = {
             "policy.rule.momentum=0.9",
             "policy.rule.normalise=rms_row",
         ),
-        samplers={f"{n} steps": {"max_steps": n} for n in (2, 20)},
+        samplers=ENERGY_STEPS,
         calls_per_step=3.0,
     ),
     "diffusion": Arm(
         policy="diffusion",
         samplers={
             "DDPM-100": {"kind": "ddpm", "num_inference_steps": 100},
-            "DDIM-10": {"num_inference_steps": 10},
-            "DDIM-4": {"num_inference_steps": 4},
+            **{f"DDIM-{n}": {"num_inference_steps": n} for n in (10, 7, 4)},
         },
+    ),
+    "flow": Arm(
+        policy="flow",
+        samplers={
+            **FLOW_STEPS,
+            **{f"{n} midpoint steps": {"num_inference_steps": n, "method": "midpoint"} for n in (2, 4)},
+        },
+    ),
+    "flow_velocity": Arm(
+        policy="flow", overrides=("policy.prediction=velocity",), samplers={"8 steps": {"num_inference_steps": 8}}
+    ),
+    "ebt_score": Arm(
+        policy="ebt",
+        overrides=(*SCORE, "policy.objective.sigma_max=2"),
+        samplers={
+            **{f"{n} steps": {"max_steps": n} for n in (4, 8, 20)},
+            "best of 5, 8 steps": {"max_steps": 8, "num_candidates": 5},
+        },
+        calls_per_step=3.0,
+    ),
+    "ebt_infonce": Arm(
+        policy="ebt",
+        overrides=("policy.objective.kind=infonce", "policy.rule.step_size=fixed"),
+        samplers={
+            **{f"{n} steps": {"max_steps": n} for n in (4, 20)},
+            "best of 5, 20 steps": {"max_steps": 20, "num_candidates": 5},
+        },
+        calls_per_step=3.0,
     ),
     "ebt_mse": Arm(  # the published objective alone, on the default's descent
         policy="ebt",
@@ -108,13 +151,8 @@ ARMS = {
         calls_per_step=3.0,
     ),
     "ebt_transformer": Arm(policy="ebt_transformer", samplers={"4 steps": {"max_steps": 4}}, calls_per_step=3.0),
-    "flow": Arm(policy="flow", samplers={"-": {}}),
     "mse_bc": Arm(policy="mse_bc"),
 }
-
-
-PERTURBED = ("4 steps", "DDPM-100", "DDIM-10", "-")
-"""Samplers that are also evaluated under perturbations and for further training seeds."""
 
 
 EARLY_PLANS = 3
@@ -229,23 +267,18 @@ def trained(task: str, name: str, cpu_s: float, seed: int) -> tuple[Policy, dict
     return policy, facts
 
 
-def with_sampler(policy: Any, changes: Mapping[str, Any]) -> None:
-    """Change the policy's sampler in place."""
-    import dataclasses
-
-    from robopolicy.sampling.samplers import DDPMSampler
-
+def set_up(policy: Any, changes: Mapping[str, Any]) -> tuple[Planner, int]:
+    """Change how the policy acts in place; return its planner, and the steps executed per plan."""
     changes = dict(changes)
+    policy.num_candidates = changes.pop("num_candidates", 1)
+    every_tick = changes.pop("every_tick", None)
     if changes.pop("kind", None) == "ddpm":
         policy.sampler = DDPMSampler(**changes)
     elif changes:
         policy.sampler = dataclasses.replace(policy.sampler, **changes)
-
-
-def steps_of(policy: Any) -> int:
-    """Return how many sampler steps a chunk takes at most."""
-    sampler = getattr(policy, "sampler", None)
-    return int(getattr(sampler, "max_steps", getattr(sampler, "num_inference_steps", 1)))
+    if every_tick == "warm":
+        return WarmStartPlanner(policy, NUM_ENVS, hysteresis=0.1), 1
+    return FreshPlanner(policy), 1 if every_tick else policy.timing.n_action_steps
 
 
 def interleaved_ms(calls: Mapping[str, Callable[[], object]], rounds: int = 30) -> dict[str, float]:
@@ -264,9 +297,10 @@ def measure(
     task: str,
     policy: Policy,
     n_episodes: int,
-    planner: FreshPlanner | None = None,
+    planner: Planner,
     shift: str = "clean",
     first_seed: int = FIRST_SEED,
+    n_action_steps: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate `policy` on the study's seeds, perturbed by `shift`; return its outcomes."""
     env = envs.make(task, num_envs=NUM_ENVS, backend="cpu", max_episode_steps=policy.spec.max_episode_steps)
@@ -283,7 +317,9 @@ def measure(
 
     env.step = noted  # type: ignore[method-assign]
     result = evaluate(
-        ChunkActor(planner or FreshPlanner(policy), NUM_ENVS), env, seeds=range(first_seed, first_seed + n_episodes)
+        ChunkActor(planner, NUM_ENVS, n_action_steps=n_action_steps),
+        env,
+        seeds=range(first_seed, first_seed + n_episodes),
     )
     env.close()
     row: dict[str, Any] = {
@@ -297,30 +333,34 @@ def measure(
         at_end = torch.stack(goals).reshape(-1, policy.spec.max_episode_steps, NUM_ENVS)[:, -1].flatten()[:n_episodes]
         row["goals"] = [int((at_end == goal).sum()) for goal in (0, 1)]
     said = [episode.diagnostics for episode in result.episodes]
-    if said and "num_steps" in said[0]:
-        row["mean_steps"] = round(statistics.fmean(float(one["num_steps"] or 0) for one in said), 3)
+    counted = next((name for name in ("network_calls", "num_steps") if said and name in said[0]), None)
+    if counted:
+        row["mean_steps"] = round(statistics.fmean(float(one[counted] or 0) for one in said), 3)
     row["episodes"] = [{"success": e.success_once, "diagnostics": dict(e.diagnostics)} for e in result.episodes]
     return row
 
 
-def study(task: str, name: str, *, cpu_s: float, seed: int, n_episodes: int, shift: str = "clean") -> None:
-    """Train and evaluate one arm on one task; append its rows. Perturbed or of further seeds, only with PERTURBED."""
+def study(
+    task: str, name: str, labels: Sequence[str], *, cpu_s: float, seed: int, n_episodes: int, shift: str = "clean"
+) -> None:
+    """Train an arm on a task and evaluate it with each of the samplers `labels`, where it has them; append its rows."""
     arm = ARMS[name]
     key = {"task": task, "arm": name, "cpu_s": cpu_s, "seed": seed, "shift": shift}
-    main_only = shift != "clean" or seed > 1
-    labels = [label for label in arm.samplers if not main_only or label in PERTURBED]
-    todo = [label for label in labels if not _finished({**key, "sampler": label})]
+    todo = [label for label in labels if label in arm.samplers and not _finished({**key, "sampler": label})]
     if not todo:
         return
     policy, facts = trained(task, name, cpu_s, seed)
     for label in todo:
         acting: Any = copy.deepcopy(policy)
-        with_sampler(acting, arm.samplers[label])
-        row = measure(task, acting, n_episodes, shift=shift)
-        steps = row.get("mean_steps", steps_of(acting))
-        row["forward_equivalents"] = round(arm.calls_per_step * steps, 2)
+        planner, n_action_steps = set_up(acting, arm.samplers[label])
+        begin = time.process_time()
+        row = measure(task, acting, n_episodes, planner, shift, n_action_steps=n_action_steps)
+        calls = row.pop("mean_steps", None) or acting.network_calls()
+        row["network_calls"] = round(calls * getattr(acting, "num_candidates", 1), 2)
+        row["forward_equivalents"] = round(arm.calls_per_step * row["network_calls"], 2)
+        row["n_action_steps"] = n_action_steps
         row["failure_prediction"] = failure_prediction(row.pop("episodes"))
-        _append({**key, "sampler": label, **row, **facts})
+        _append({**key, "sampler": label, **row, **facts, "eval_cpu_s": round(time.process_time() - begin, 1)})
 
 
 def timing(task: str, names: Sequence[str], cpu_s: float, seed: int) -> None:
@@ -330,14 +370,16 @@ def timing(task: str, names: Sequence[str], cpu_s: float, seed: int) -> None:
         policy, _ = trained(task, name, cpu_s, seed)
         for label, changes in ARMS[name].samplers.items():
             acting: Any = copy.deepcopy(policy)
-            with_sampler(acting, changes)
+            set_up(acting, changes)
             obs = Observation(
                 modalities={
                     key: torch.zeros(1, acting.timing.n_obs_steps, *m.shape)
                     for key, m in acting.spec.observation.items()
                 }
             )
-            calls[f"{name} {label}"] = lambda acting=acting, obs=obs: acting.act(obs)
+            guess = acting.act(obs) if changes.get("every_tick") == "warm" else None
+            given = {} if guess is None else {"guess": guess}
+            calls[f"{name} {label}"] = functools.partial(acting.act, obs, **given)
     found = interleaved_ms(calls)
     rows = _read()
     rows["act_ms_batch1"] = {"task": task, "median_ms": {label: round(ms, 3) for label, ms in found.items()}}
@@ -467,9 +509,10 @@ def _append(row: dict[str, Any]) -> None:
         "success_once",
         "success_at_end",
         "goals",
-        "mean_steps",
+        "network_calls",
         "num_steps",
         "step_ms",
+        "eval_cpu_s",
     )
     print(json.dumps({name: row[name] for name in shown if name in row}), flush=True)
 
@@ -483,6 +526,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="*", default=[], choices=TASKS)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--samplers", nargs="*", help="only these, where an arm has them; all if not given")
     parser.add_argument("--cpu-s", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--episodes", type=int, default=100)
@@ -495,7 +539,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for task in args.tasks:
         for name in args.arms:
-            study(task, name, cpu_s=args.cpu_s, seed=args.seed, n_episodes=args.episodes, shift=args.shift)
+            labels = args.samplers or list(ARMS[name].samplers)
+            study(task, name, labels, cpu_s=args.cpu_s, seed=args.seed, n_episodes=args.episodes, shift=args.shift)
     if args.timing:
         timing(args.timing, args.arms, args.cpu_s, args.seed)
     if args.uncertainty:
