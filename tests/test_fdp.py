@@ -404,6 +404,23 @@ def test_training_drops_as_often_as_told_and_only_what_may_be_missing():
     assert all(p.grad.isfinite().all() for p in policy.parameters() if p.requires_grad)
 
 
+def test_noise_is_where_and_as_much_as_told_in_training_alone():
+    policy = make_policy(screen=partial(ModalityScreen, noise={"proprio": 0.1}))
+    screen, obs = policy.encoder.screen, policy.normalized(observe(policy, 2000))
+    assert torch.equal(screen(obs)["proprio"], obs["proprio"])
+    screen.train()
+    found = screen(obs, generator=torch.Generator().manual_seed(0))
+    added = found["proprio"] - obs["proprio"]
+    assert 0.097 < added.std() < 0.103
+    assert added.mean().abs() < 0.005
+    assert torch.equal(found["objects"], obs["objects"])
+    clean = obs["proprio"].flatten(1).double().sum(dim=0)
+    torch.testing.assert_close(screen.total[: len(clean)], clean)  # what doubt compares with is not noisy
+    for wrong in ({"proprio": -0.1}, {"torque": 0.1}):
+        with pytest.raises(ValueError, match="noise must be of some of"):
+            make_policy(screen=partial(ModalityScreen, noise=wrong))
+
+
 def test_three_sets_and_a_joint_one():
     policy = make_policy(camera=True, order=[["rgb.base"], ["proprio"]], stage=2)
     assert policy.encoder.sets == [("rgb.base",), ("proprio",), ("objects",)]

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from robopolicy.rng import Rng, randint
+from robopolicy.rng import Rng, randint, randn
 from robopolicy.types import ModalitySpec
 
 RESOLUTION = 0.01
@@ -42,6 +42,8 @@ class ModalityScreen(nn.Module):
         n_obs_steps: length O of the window.
         optional: names of the modalities that may be missing; the others are trusted.
         dropout: probability with which each optional modality of each training row is dropped.
+        noise: name of a state modality to the standard deviation of white noise on it in training, in half ranges. With
+            some on `proprio`, demonstrations cannot be told from each other by the joint angles they began with.
         doubt_above: at run time a modality with more doubt counts as missing; None believes everything.
     """
 
@@ -56,6 +58,7 @@ class ModalityScreen(nn.Module):
         *,
         optional: Sequence[str],
         dropout: float = 0.0,
+        noise: Mapping[str, float] | None = None,
         doubt_above: float | None = None,
     ) -> None:
         super().__init__()
@@ -63,12 +66,16 @@ class ModalityScreen(nn.Module):
             raise ValueError(f"optional must be some of {', '.join(observation)}; got {', '.join(optional)}.")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}.")
+        noise = dict(noise or {})
+        states = [name for name, modality in observation.items() if not modality.is_image]
+        if not set(noise) <= set(states) or not all(size >= 0.0 for size in noise.values()):
+            raise ValueError(f"noise must be of some of {', '.join(states)} and not negative; got {noise}.")
         if doubt_above is not None and not doubt_above > 0.0:
             raise ValueError(f"doubt_above must be positive; got {doubt_above}.")
         self.optional = tuple(optional)
         self.dropout = dropout
+        self.noise = noise
         self.doubt_above = doubt_above
-        states = [name for name, modality in observation.items() if not modality.is_image]
         self.trusted = tuple(name for name in states if name not in optional)
         self.judged = tuple(name for name in states if name in optional) if self.trusted else ()
         widths = {name: n_obs_steps * observation[name].shape[-1] for name in states}
@@ -88,11 +95,7 @@ class ModalityScreen(nn.Module):
         found = dict(modalities)
         if self.training:
             self._gather(found)
-            if self.dropout:
-                batch, device = len(next(iter(found.values()))), next(iter(found.values())).device
-                drawn = randint(1 << 24, batch, len(self.optional), generator=generator, device=device)
-                for column, name in enumerate(self.optional):
-                    found[name] = mark_missing(found[name], drawn[:, column] < self.dropout * (1 << 24))
+            self._disturb(found, generator)
         elif self.doubt_above is not None:
             for name, doubt in self.doubts(found).items():
                 found[name] = mark_missing(found[name], doubt > self.doubt_above)
@@ -121,6 +124,17 @@ class ModalityScreen(nn.Module):
         if not mode:
             self._work_out()
         return self
+
+    def _disturb(self, found: dict[str, Tensor], generator: Rng) -> None:
+        """Drop some rows of what may be missing and add the noise, in place."""
+        batch, device = len(next(iter(found.values()))), next(iter(found.values())).device
+        if self.dropout:
+            drawn = randint(1 << 24, batch, len(self.optional), generator=generator, device=device)
+            for column, name in enumerate(self.optional):
+                found[name] = mark_missing(found[name], drawn[:, column] < self.dropout * (1 << 24))
+        for name, size in self.noise.items():
+            if size:
+                found[name] = found[name] + size * randn(*found[name].shape, generator=generator, device=device)
 
     @torch.no_grad()
     def _gather(self, modalities: Mapping[str, Tensor]) -> None:
