@@ -19,6 +19,7 @@ from robopolicy.errors import RobopolicyError
 from . import physx_ik
 from .physx_kinematics import FIXED, PRISMATIC, REVOLUTE, quaternion_product
 from .physx_lanes import LANES
+from .physx_native import EntityPoses
 from .physx_threads import worker_pool
 
 ROWS_PER_TASK = 2 * LANES
@@ -345,13 +346,12 @@ def set_end_effector_action(self: Any, action: Tensor) -> None:
 
 def end_effector_at_base(self: Any) -> Pose:
     """Return the end effector's poses seen from the robot's base, [N, 7]."""
-    base = self.root_link
-    at_root = all(body.is_root for body in base._objs)  # the buffer holds SAPIEN's own numbers of roots
-    start = base.pose.raw_pose.numpy() if at_root else sapien_poses(base)
-    return Pose(torch.from_numpy(_relative_pose(start, sapien_poses(self.ee_link))))
+    return Pose(torch.from_numpy(_relative_pose(sapien_poses(self.root_link), sapien_poses(self.ee_link))))
 
 
 def sapien_poses(link: Any) -> NDArray[np.float32]:
     """Return the poses [N, 7] of a ManiSkill link as SAPIEN tells them: the CPU simulation's to the last bit."""
-    poses = [body.entity_pose for body in link._objs]
-    return np.concatenate([part for pose in poses for part in (pose.p, pose.q)]).reshape(-1, 7)
+    reader = link.__dict__.get("_entity_poses")
+    if reader is None:
+        reader = link._entity_poses = EntityPoses([body.entity for body in link._objs])
+    return reader.read()

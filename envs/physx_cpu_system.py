@@ -20,13 +20,10 @@ from torch import Tensor
 
 from . import physx_kinematics as kinematics
 from .physx_contacts import ContactReader, ImpulseQuery
-from .physx_native import addresses, advance_without_lock
+from .physx_native import JOINT, SYSTEM, addresses, advance_without_lock, drive_setter
+from .physx_packs import BODY, Packs
 from .physx_threads import WorkerPool, worker_pool
 
-_BODY = 13
-"""Numbers `pack()` writes per body: quaternion, position, linear velocity, angular velocity."""
-_TO_MANISKILL = np.array([4, 5, 6, 0, 1, 2, 3, 7, 8, 9, 10, 11, 12])
-"""ManiSkill's order of the same: position, quaternion, velocities."""
 _POSE_TOLERANCE = 2e-5
 _PARTS_PER_THREAD = 4
 """Scenes are handed out in this many parts per thread: a part that takes longer is made up for by the others."""
@@ -87,25 +84,15 @@ class PhysxCpuBatch:
         self._articulations: list[Any] = []
         self._scene_of_body: list[int] = []
         self._scene_of_articulation: list[int] = []
-        pack_body: list[int] = []
-        pack_articulation: list[int] = []
-        offset = 0
         for scene, system in enumerate(self.systems):
-            for body in system.rigid_dynamic_components:
-                self._bodies.append(body)
-                self._scene_of_body.append(scene)
-                pack_body.append(offset)
-                offset += _BODY
-            for link in system.articulation_link_components:
-                if link.is_root:
-                    self._articulations.append(link.articulation)
-                    self._scene_of_articulation.append(scene)
-                    pack_articulation.append(offset)
-                    offset += _BODY + 4 * link.articulation.dof
+            roots = [link.articulation for link in system.articulation_link_components if link.is_root]
+            self._bodies += system.rigid_dynamic_components
+            self._articulations += roots
+            self._scene_of_body += [scene] * len(system.rigid_dynamic_components)
+            self._scene_of_articulation += [scene] * len(roots)
         self._kinematic = np.array([body.kinematic for body in self._bodies], bool)
         self._table = kinematics.ArticulationTable(self._articulations, len(self._bodies))
         self._allocate()
-        self._index_pack(np.array(pack_body, np.int64), np.array(pack_articulation, np.int64), offset)
         self._initialised = True
         self._calibrate()
 
@@ -118,7 +105,7 @@ class PhysxCpuBatch:
             array = np.zeros(shape, np.float32)
             return array, Buffer(torch.from_numpy(array))
 
-        self._body, self.cuda_rigid_body_data = zeros(bodies, _BODY)
+        self._body, self.cuda_rigid_body_data = zeros(bodies, BODY)
         self._force, self.cuda_rigid_body_force = zeros(bodies, 4)
         self._torque, self.cuda_rigid_body_torque = zeros(bodies, 4)
         self._qpos, self.cuda_articulation_qpos = zeros(count, width)
@@ -127,18 +114,24 @@ class PhysxCpuBatch:
         self._qf, self.cuda_articulation_qf = zeros(count, width)
         self._target, self.cuda_articulation_target_qpos = zeros(count, width)
         self._target_velocity, self.cuda_articulation_target_qvel = zeros(count, width)
+        self._packs = Packs(self.systems, self._dof)
+        self.body_poses = self.cuda_rigid_body_data.torch()[:, :7]
         self._seen = {name: getattr(self, name).copy() for name in ("_body", "_qpos", "_qvel", "_qf")}
         self._seen_target = np.zeros_like(self._target)
         self._seen_target_velocity = np.zeros_like(self._target)
         self._joints = [list(a.active_joints) for a in self._articulations]
-        self._setters = {
-            name: [[getattr(joint, name) for joint in joints] for joints in self._joints]
-            for name in ("set_drive_target", "set_drive_velocity_target")
-        }
-        self._driven = [
-            any(float(np.max(j.stiffness)) != 0 or float(np.max(j.damping)) != 0 for j in joints)
-            for joints in self._joints
-        ]
+        self._driven = np.array(
+            [
+                any(float(np.max(j.stiffness)) != 0 or float(np.max(j.damping)) != 0 for j in joints)
+                for joints in self._joints
+            ],
+            bool,
+        )
+        self._set_targets = {velocity: drive_setter(velocity) for velocity in (False, True)}
+        self._joint_addresses = np.zeros((count, width), np.int64)
+        if self._set_targets[False] is not None:
+            for a, joints in enumerate(self._joints):
+                self._joint_addresses[a, : len(joints)] = addresses(joints, JOINT)
         self._forced = np.zeros(len(self.systems), bool)
         rows = {body: i for i, body in enumerate(self._bodies)}
         for a, articulation in enumerate(self._articulations):
@@ -147,27 +140,11 @@ class PhysxCpuBatch:
         self._row_of_body = rows
         self._row_of_articulation = {articulation: i for i, articulation in enumerate(self._articulations)}
 
-    def _index_pack(self, body: NDArray[np.int64], articulation: NDArray[np.int64], size: int) -> None:
-        """Precompute where in the joined packs every number of the buffers stands."""
-        self._pack_size = size
-        self._take_body = body[:, None] + _TO_MANISKILL
-        self._take_root = articulation[:, None] + _TO_MANISKILL
-        width = self._qpos.shape[1]
-        column = np.arange(width)
-        inside = column < self._dof[:, None]
-        start = articulation[:, None] + _BODY
-        self._padding = ~inside
-        self._take_qpos = np.where(inside, start + column, 0)
-        self._take_qvel = np.where(inside, start + self._dof[:, None] + column, 0)
-        self._take_target = np.where(inside, start + 2 * self._dof[:, None] + 2 * column, 0)
-
     def _calibrate(self) -> None:
         """Find the sign of each link's quaternion, and make sure that packs and kinematics agree with SAPIEN."""
         for articulation in self._articulations:
             articulation.set_qpos(articulation.qpos)  # links stand at the origin until a joint is set
-        self._read_packs()
-        self._target[:] = np.where(self._padding, 0, self._packs[self._take_target])
-        self._target_velocity[:] = np.where(self._padding, 0, self._packs[self._take_target + ~self._padding])
+        self._target[:], self._target_velocity[:] = self._packs.targets()
         self._seen_target[:], self._seen_target_velocity[:] = self._target, self._target_velocity
         self.fetch()
         table, links = self._table, [link for a in self._articulations for link in a.links]
@@ -195,31 +172,9 @@ class PhysxCpuBatch:
         return torch.tensor([self._row_of_articulation[a] for a in articulations], dtype=torch.int32)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
-    def _read_packs(self) -> None:
-        self._packs = np.frombuffer(b"".join([system.pack() for system in self.systems]), np.float32)
-        if len(self._packs) != self._pack_size:
-            raise RuntimeError(
-                f"The scenes hold {len(self._packs)} numbers where {self._pack_size} were expected: bodies were added "
-                "or removed after the simulation was set up, or SAPIEN's pack() has changed."
-            )
-
     def fetch(self) -> None:
         """Read the state of all scenes into the buffers; for velocities of links see `body_data`."""
-        self._read_packs()
-        packs, table, body = self._packs, self._table, self._body
-        np.take(packs, self._take_body, out=body[: len(self._bodies)])
-        if self._articulations:
-            root = packs[self._take_root]
-            np.take(packs, self._take_qpos, out=self._qpos)
-            np.take(packs, self._take_qvel, out=self._qvel)
-            if self._padding.any():
-                self._qpos[self._padding] = 0
-                self._qvel[self._padding] = 0
-            body[table.root_row, 7:] = root[:, 7:]
-            kinematics.forward_kinematics(
-                table.first_link, table.parent, table.kind, table.q_index, table.in_parent, table.child_inverse,
-                table.sign, root[:, :7], self._qpos, table.row, body,
-            )  # fmt: skip
+        self._packs.read(self._table, self._body, self._qpos, self._qvel)
         for name, seen in self._seen.items():
             np.copyto(seen, getattr(self, name))
 
@@ -328,19 +283,21 @@ class PhysxCpuBatch:
 
     def gpu_apply_articulation_target_position(self) -> None:
         """Set every drive's target, as ManiSkill's CPU controllers do at each step (it keeps the robot awake)."""
-        self._apply_targets(self._target, self._seen_target, "set_drive_target")
+        self._apply_targets(self._target, self._seen_target, velocity=False)
 
     def gpu_apply_articulation_target_velocity(self) -> None:
-        self._apply_targets(self._target_velocity, self._seen_target_velocity, "set_drive_velocity_target")
+        self._apply_targets(self._target_velocity, self._seen_target_velocity, velocity=True)
 
-    def _apply_targets(self, target: NDArray[np.float32], seen: NDArray[np.float32], setter: str) -> None:
-        changed = (target != seen).any(1)
-        for setters, values, driven, new in zip(
-            self._setters[setter], target.tolist(), self._driven, changed.tolist(), strict=True
-        ):
-            if driven or new:
-                for set_value, value in zip(setters, values, strict=False):
-                    set_value(value)
+    def _apply_targets(self, target: NDArray[np.float32], seen: NDArray[np.float32], *, velocity: bool) -> None:
+        wanted = (target != seen).any(1) | self._driven
+        set_targets = self._set_targets[velocity]
+        if set_targets is not None:
+            set_targets(self._joint_addresses, target, wanted)
+        else:
+            name = "set_drive_velocity_target" if velocity else "set_drive_target"
+            for i in np.nonzero(wanted)[0].tolist():
+                for joint, value in zip(self._joints[i], target[i].tolist(), strict=False):
+                    getattr(joint, name)(value)
         np.copyto(seen, target)
 
     def gpu_update_articulation_kinematics(self) -> None:
@@ -368,7 +325,7 @@ class PhysxCpuBatch:
                     system.step()
             return
         if self._addresses is None:
-            self._addresses = addresses(self.systems)
+            self._addresses = addresses(self.systems, SYSTEM)
         where, advance = self._addresses, self._advance
         size = max(1, len(where) // (_PARTS_PER_THREAD * self._pool.size))
         parts = [where[i : i + size] for i in range(0, len(where), size)]

@@ -234,7 +234,7 @@ class BatchedCpuTask(BaseEnv):
             action = action[None]
         if action.shape != (self.num_envs, width):
             raise ShapeError(f"action must be [N={self.num_envs}, A={width}], got {tuple(action.shape)}.")
-        if not torch.isfinite(action).all():
+        if not np.isfinite(action.numpy()).all():
             bad = (~torch.isfinite(action)).any(1).nonzero().flatten().tolist()
             raise RobopolicyError(f"Actions of environments {bad} are not finite.")
         return action

@@ -193,7 +193,10 @@ def _jacobian(
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _damped_step(jac: Floats, free: NDArray[np.bool_], err: Floats, work: Floats, y: Floats, q: Floats) -> None:
-    """Move `q` by STEP * J^T (J J^T + DAMPING)^-1 err, by a Cholesky factor (36 lanes: `work`) of the 6x6 matrix."""
+    """Move `q` by STEP * J^T (J J^T + DAMPING)^-1 err, by the factors L D L^T of the 6x6 matrix.
+
+    `work` (36 lanes: [6, 6]) takes L below its diagonal, the transpose of L D above it, and 1 / D on it.
+    """
     n = free.shape[0]
     for i in range(6):
         for j in range(i + 1):
@@ -202,18 +205,22 @@ def _damped_step(jac: Floats, free: NDArray[np.bool_], err: Floats, work: Floats
                 if free[k]:
                     s = s + load(jac, 6 * k + i) * load(jac, 6 * k + j)
             for k in range(j):
-                s = s - load(work, 6 * i + k) * load(work, 6 * j + k)
-            store(work, 6 * i + j, root(s) if i == j else s / load(work, 7 * j))
+                s = s - load(work, 6 * k + i) * load(work, 6 * j + k)
+            if i == j:
+                store(work, 7 * i, 1.0 / s)
+            else:
+                store(work, 6 * j + i, s)
+                store(work, 6 * i + j, s * load(work, 7 * j))
     for i in range(6):
         s = load(err, i)
         for k in range(i):
             s = s - load(work, 6 * i + k) * load(y, k)
-        store(y, i, s / load(work, 7 * i))
+        store(y, i, s)
     for i in range(5, -1, -1):
-        s = load(y, i)
+        s = load(y, i) * load(work, 7 * i)
         for k in range(i + 1, 6):
             s = s - load(work, 6 * k + i) * load(y, k)
-        store(y, i, s / load(work, 7 * i))
+        store(y, i, s)
     for k in range(n):
         if free[k]:
             s = lanes(0.0)

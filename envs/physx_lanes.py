@@ -1,8 +1,9 @@
 """Eight float64 numbers that compiled code computes with at once: a numba type for the processor's vector registers.
 
 Loops over rows that branch and call functions are not vectorised by compilers; code written with `Lanes` in place of
-floats is. Every operation works on each number alone and rounds as scalar arithmetic does, so what a row gives does not
-depend on the rows beside it. Lanes live in local variables, and in flat float64 arrays by `load` and `store`.
+floats is. Every operation works on each number alone, so what a row gives does not depend on the rows beside it; a
+product may be fused with the sum it goes into, where the processor can. Lanes live in local variables, and in flat
+float64 arrays by `load` and `store`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core.cgutils import get_or_insert_function
-from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+from numba.extending import lower_builtin, models, register_model, type_callable
+
+intrinsic: Any = extending.intrinsic  # whose own type counts the compiler's context among a function's arguments
 
 LANES = 8
 """How many: the width of the widest registers; compilers split it for narrower ones."""
@@ -35,7 +38,7 @@ _VECTOR = ir.VectorType(ir.DoubleType(), LANES)
 
 
 @register_model(LanesType)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Model(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _VECTOR)
 
@@ -49,7 +52,7 @@ def _spread(builder: Any, value: Any) -> Any:
 
 
 def _define_operator(symbol: Callable[..., Any], instruction: str) -> None:
-    @type_callable(symbol)  # type: ignore[misc]
+    @type_callable(symbol)
     def _type(context: Any) -> Callable[[Any, Any], Any]:
         def typer(a: Any, b: Any) -> Any:
             pair = (a, b)
@@ -60,7 +63,7 @@ def _define_operator(symbol: Callable[..., Any], instruction: str) -> None:
         return typer
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return getattr(builder, instruction)(*(_spread(builder, x) for x in args))
+        return getattr(builder, instruction)(*(_spread(builder, x) for x in args), flags=("contract",))
 
     for pair in ((LanesType, LanesType), (LanesType, types.Float), (types.Float, LanesType)):
         lower_builtin(symbol, *pair)(lower)
@@ -151,27 +154,28 @@ _nearest = _unary("rint")
 
 _HALF_PI = (float(np.float32(math.pi / 2)), -4.371139000186241e-08)
 """Half of pi in two parts: whole multiples of the first are exact."""
-_SINE = np.array([(-1) ** k / math.factorial(2 * k + 1) for k in range(9)])
-_COSINE = np.array([(-1) ** k / math.factorial(2 * k) for k in range(10)])
-_ARCSINE = np.array([math.comb(2 * k, k) / (4**k * (2 * k + 1)) for k in range(25)])
-"""Taylor series, long enough for the last bit: to pi / 4 and (arc sine) to one half."""
+_SINE = np.array([(-1) ** k / math.factorial(2 * k + 1) for k in range(1, 11)])
+_COSINE = np.array([(-1) ** k / math.factorial(2 * k) for k in range(1, 11)])
+_ARCSINE = np.array([math.comb(2 * k, k) / (4**k * (2 * k + 1)) for k in range(1, 27)])
+"""Taylor series in x^2 after the first term, long enough for the last bit: to pi / 4 and (arc sine) to one half."""
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _series(coefficients: Any, x: Any) -> Any:
-    total = lanes(coefficients[-1])
-    for k in range(len(coefficients) - 2, -1, -1):
-        total = total * x + coefficients[k]
-    return total
+    square, last = x * x, len(coefficients) - 2
+    even, odd = lanes(coefficients[last]), lanes(coefficients[last + 1])
+    for k in range(last - 2, -1, -2):  # two sums that need not wait for each other
+        even, odd = even * square + coefficients[k], odd * square + coefficients[k + 1]
+    return even + odd * x
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def sine_cosine(x: Any) -> Any:
-    """Return the sine and the cosine of `x`, right to two units in the last place for |x| < 1e5."""
+    """Return the sine and the cosine of `x`, right to one unit in the last place for |x| < 1e5."""
     turns = _nearest(x * (2.0 / math.pi))
     r = (x - turns * _HALF_PI[0]) - turns * _HALF_PI[1]
     square = r * r
-    s, c = r * _series(_SINE, square), _series(_COSINE, square)
+    s, c = r + r * (square * _series(_SINE, square)), 1.0 + square * _series(_COSINE, square)
     half = _floor(turns * 0.5)
     odd = turns - half * 2.0
     sign = 1.0 - (half - _floor(half * 0.5) * 2.0) * 2.0
@@ -180,11 +184,12 @@ def sine_cosine(x: Any) -> Any:
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def arc_cosine(x: Any) -> Any:
-    """Return the arc cosine of `x` in [-1, 1], right to two units in the last place."""
+    """Return the arc cosine of `x` in [-1, 1], right to one unit in the last place."""
     size = magnitude(x)
     far = root((1.0 - size) * 0.5)
     z = choose_below(0.5, size, far, size)
-    angle = z * _series(_ARCSINE, z * z)
+    square = z * z
+    angle = z + z * (square * _series(_ARCSINE, square))
     near = (math.pi / 2) - choose_below(x, 0.0, 0.0 - angle, angle)
     wide = choose_below(x, 0.0, math.pi - angle * 2.0, angle * 2.0)
     return choose_below(0.5, size, wide, near)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from robopolicy.envs import physx_native
 from robopolicy.envs.batched_cpu import make_batched
-from robopolicy.envs.physx_native import addresses, advance_without_lock
+from robopolicy.envs.physx_native import SYSTEM, addresses, advance_without_lock
 from robopolicy.envs.physx_threads import WorkerPool, thread_count
 from robopolicy.envs.rendering import inert_materials, load_maniskill, render_backend
 from robopolicy.errors import MissingRequirementError, RobopolicyError, ShapeError, UnknownNameError
@@ -102,7 +103,7 @@ def test_stepping_leaves_pythons_lock_to_other_threads() -> None:
     assert advance is not None, "the SAPIEN of this test run exports what it takes"
     with batch("PushCube-v1", 2, control_mode="pd_joint_delta_pos") as env:
         env.reset(seed=[0, 1])
-        where = addresses(env.scene.px.systems)
+        where = addresses(env.scene.px.systems, SYSTEM)
         advance(where, 1)  # compiled here
         stepping = threading.Thread(target=advance, args=(where, 20_000))  # long: about half a second
         stepping.start()
@@ -111,12 +112,20 @@ def test_stepping_leaves_pythons_lock_to_other_threads() -> None:
 
 
 @sim
-def test_without_the_library_steps_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    with batch("PickCube-v1", 2, control_mode="pd_joint_delta_pos") as env:
-        acts = actions(env, 10)
-        fast = rollout(env, [3, 4], acts)
-        monkeypatch.setattr(env.scene.px, "_advance", None)
-        assert torch.equal(rollout(env, [3, 4], acts), fast)
+@pytest.mark.parametrize("mode", ["pd_ee_delta_pos", "pd_joint_vel"])
+def test_without_the_library_steps_are_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = (physx_native.advance_without_lock, physx_native.drive_setter, physx_native._pose_reader)
+    states = []
+    for library in (physx_native._library, lambda: None):
+        monkeypatch.setattr(physx_native, "_library", library)
+        for function in found:
+            function.cache_clear()
+        with batch("PickCube-v1", 2, control_mode=mode) as env:
+            assert (env.scene.px._advance is None) == (library() is None)
+            states.append(rollout(env, [3, 4], actions(env, 10)))
+    for function in found:
+        function.cache_clear()
+    assert torch.equal(*states)
 
 
 @sim
