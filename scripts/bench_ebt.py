@@ -22,87 +22,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
+from bench_policy import build, random_batch, report, take_turns
 
 from robopolicy.policies.ebt import EnergyPolicy
 from robopolicy.sampling.objective import Objective
-from robopolicy.types import ActionSpec, Batch, ModalitySpec, Observation, TaskSpec
 
-WIDTHS = {"proprio": 25, "objects": 14, "goal": 3}
-"""State observations of a cube task: joints and gripper pose, object poses, goal position."""
 GRAPHS = ("per_step_detach", "momentum_path", "truncated_last", "full_bptt")
 BATCH = 128
-
-
-def cube_spec() -> TaskSpec:
-    return TaskSpec(
-        name="cube",
-        env_id="Cube-v0",
-        robot="panda",
-        instruction="",
-        max_episode_steps=100,
-        observation={name: ModalitySpec(shape=(width,), fields={}) for name, width in WIDTHS.items()},
-        action=ActionSpec(
-            names=("x", "y", "z", "gripper"),
-            low=(-1.0,) * 4,
-            high=(1.0,) * 4,
-            delta=(True, True, True, False),
-            discrete=(False, False, False, True),
-            units=("m",) * 4,
-            physical_low=(-0.1,) * 4,
-            physical_high=(0.1,) * 4,
-            control_mode="pd_ee_delta_pos",
-            control_dt_s=0.05,
-        ),
-    )
-
-
-def build(config: str, device: str) -> EnergyPolicy:
-    with initialize_config_module("robopolicy.configs", version_base=None):
-        policy = instantiate(compose(overrides=[f"+policy={config}"]).policy)(cube_spec())
-    policy.norm.fit({name: (-torch.ones(size), torch.ones(size)) for name, size in policy.norm.sizes.items()})
-    return policy.to(device)
-
-
-def random_batch(policy: EnergyPolicy, size: int) -> Batch:
-    steps, horizon = policy.timing.n_obs_steps, policy.timing.horizon
-    obs = Observation(modalities={name: torch.randn(size, steps, width) for name, width in WIDTHS.items()})
-    action = 2 * torch.rand(size, horizon, policy.spec.action.dim) - 1
-    return Batch(obs=obs, action=action, is_pad=torch.zeros(size, horizon, dtype=torch.bool)).to(policy.device)
-
-
-def take_turns(whole: Callable[[], object], part: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Return median seconds of `whole` and of `part`, and the median ratio of neighbouring calls."""
-
-    def seconds(call: Callable[[], object]) -> float:
-        begin = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    for _ in range(3):
-        whole(), part()
-    pairs = []
-    for turn in range(rounds):
-        if turn % 2:
-            a, b = seconds(whole), seconds(part)
-        else:  # neither side always goes first
-            b, a = seconds(part), seconds(whole)
-        pairs.append((a, b))
-    return (
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(a / b for a, b in pairs),
-    )
-
-
-def report(what: str, times: tuple[float, float, float]) -> None:
-    print(f"{what:62s} {1e3 * times[0]:9.3f} ms {1e3 * times[1]:9.3f} ms   ratio {times[2]:.3f}", flush=True)
 
 
 def bench_act(policy: EnergyPolicy, rounds: int) -> None:
@@ -150,7 +79,7 @@ def bench_loss(policy: EnergyPolicy, rounds: int) -> None:
 
 def bench_graph(config: str, graph: str, device: str, rounds: int) -> None:
     """Print time and memory of a training step of 4 energy steps with one graph mode (in a process of its own)."""
-    policy = build(config, device).train()
+    policy: Any = build(config, device).train()
     kind = "denoise" if graph in ("per_step_detach", "momentum_path") else "mse_last_step"
     policy.objective = Objective(kind=kind, min_steps=4, max_steps=4, graph=graph)  # type: ignore[arg-type]
     batch = random_batch(policy, BATCH)
@@ -193,7 +122,7 @@ def main() -> None:
             command = [sys.executable, __file__, args.config, "--device", args.device, "--graph", graph]
             subprocess.run(command, check=True)
         return
-    policy = build(args.config, args.device)
+    policy: Any = build(args.config, args.device)
     millions = sum(p.numel() for p in policy.network.parameters()) / 1e6
     print(f"{args.config}: {millions:.2f} M parameters, {args.device}, 1 thread, torch {torch.__version__}")
     bench_act(policy, args.rounds)

@@ -89,7 +89,7 @@ def take_turns(whole: Callable[[], object], part: Callable[[], object], rounds: 
 
 
 def report(what: str, times: tuple[float, float, float]) -> None:
-    print(f"{what:58s} {1e3 * times[0]:9.3f} ms {1e3 * times[1]:9.3f} ms   ratio {times[2]:.3f}")
+    print(f"{what:62s} {1e3 * times[0]:9.3f} ms {1e3 * times[1]:9.3f} ms   ratio {times[2]:.3f}", flush=True)
 
 
 def bench_act(policy: DiffusionPolicy, rounds: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import reduce
 from torch import Tensor, nn
 
 from robopolicy.errors import RobopolicyError, ShapeError
@@ -153,6 +154,14 @@ class Policy(nn.Module, abc.ABC):
                 f"Observation {name!r} must be [B, {', '.join(map(str, shape))}], got {tuple(value.shape)}."
             )
         return value
+
+
+def mean_square(error: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return the mean square of `error` [B, H, A], over the steps `counted` [B, H] bool if that is given."""
+    if counted is None:
+        return error.square().mean()
+    weight = counted.to(error.dtype)
+    return (reduce(error.square(), "b h a -> b h", "mean") * weight).sum() / weight.sum().clamp_min(1.0)
 
 
 def _fix_norm(policy: Policy, _: Any) -> None:

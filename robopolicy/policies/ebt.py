@@ -21,11 +21,11 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
 
 from robopolicy.errors import RobopolicyError, UnknownNameError
-from robopolicy.policies.base import Policy
+from robopolicy.policies.base import Policy, mean_square
 from robopolicy.rng import Rng, rand, randint, randn
 from robopolicy.sampling.descent import CandidateDiagnostics, Descent, Diagnostics, Energy, StepRule
 from robopolicy.sampling.objective import UNROLLED, Objective
@@ -131,21 +131,21 @@ class EnergyPolicy(Policy):
             cond = self.encoder(self.normalized(batch.obs), generator=generator)
             clean = self.norm.encode("action", batch.action)
             context = self.network.context(cond)  # type: ignore[operator]
-            weight = None if self.loss_on_padding else (~batch.is_pad).to(clean.dtype)
+            counted = None if self.loss_on_padding else ~batch.is_pad
             kind = self.objective.kind
             if kind == "score":
-                loss = self._score_loss(clean, context, weight, generator)
+                loss = self._score_loss(clean, context, counted, generator)
             elif kind == "infonce":
                 loss = self._infonce_loss(clean, context, generator)
             else:
-                loss = self._unrolled_loss(clean, context, weight, generator)
+                loss = self._unrolled_loss(clean, context, counted, generator)
         if not bool(torch.isfinite(loss)):
             self.num_skipped += 1
             warnings.warn("The loss of a batch is not finite; it is skipped.", RuntimeWarning, stacklevel=2)
             loss = torch.stack([p.sum() * 0.0 for p in self.parameters()]).sum()
         return loss
 
-    def _unrolled_loss(self, clean: Tensor, context: Tensor, weight: Tensor | None, generator: Rng) -> Tensor:
+    def _unrolled_loss(self, clean: Tensor, context: Tensor, counted: Tensor | None, generator: Rng) -> Tensor:
         objective, size = self.objective, len(clean)
         steps = objective.min_steps
         if objective.max_steps > steps:
@@ -175,7 +175,7 @@ class EnergyPolicy(Policy):
             )
             x, move = moved.x + moved.move, moved.move
             if last or objective.on_all_steps:
-                errors.append(_mean_square(x.float() - clean, weight))
+                errors.append(mean_square(x.float() - clean, counted))
         return torch.stack(errors).mean()
 
     def _detached(self, x: Tensor, move: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -195,13 +195,13 @@ class EnergyPolicy(Policy):
         kept = clean * (1 - sigma) if objective.corruption == "interpolate" else clean
         return torch.where(pure, noise, torch.addcmul(kept, sigma, noise))
 
-    def _score_loss(self, clean: Tensor, context: Tensor, weight: Tensor | None, generator: Rng) -> Tensor:
+    def _score_loss(self, clean: Tensor, context: Tensor, counted: Tensor | None, generator: Rng) -> Tensor:
         objective = self.objective
         draw = rand(len(clean), 1, 1, generator=generator, device=clean.device)
         sigma = objective.sigma_min * (objective.sigma_max / objective.sigma_min) ** draw
         noise = _noise_like(clean, generator)
         moved = self.rule(self._energy(context), torch.addcmul(clean, sigma, noise), None, 1.0, create_graph=True)
-        return _mean_square(sigma * moved.gradient.float() - noise, weight)
+        return mean_square(sigma * moved.gradient.float() - noise, counted)
 
     def _infonce_loss(self, clean: Tensor, context: Tensor, generator: Rng) -> Tensor:
         """The target's share of exp(-E) among `num_negatives` others: half noise, half own iterates from there."""
@@ -352,13 +352,6 @@ class EnergyPolicy(Policy):
 
 def _noise_like(value: Tensor, generator: Rng) -> Tensor:
     return randn(*value.shape, generator=generator, device=value.device)
-
-
-def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:
-    """Return the mean square of `error` [B, H, A], over the steps that `weight` [B, H] counts."""
-    if weight is None:
-        return error.square().mean()
-    return (reduce(error.square(), "b h a -> b h", "mean") * weight).sum() / weight.sum().clamp_min(1.0)
 
 
 def _ordinary(value: Tensor) -> Tensor:

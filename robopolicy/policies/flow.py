@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
 
 from robopolicy.errors import RobopolicyError
 from robopolicy.nn.layers import ahead
 from robopolicy.nn.screen import ModalityScreen
-from robopolicy.policies.base import Policy
+from robopolicy.policies.base import Policy, mean_square
 from robopolicy.rng import Rng, rand, randn
 from robopolicy.sampling.flow import (
     FlowPrediction,
@@ -90,11 +90,7 @@ class FlowPolicy(Policy):
         noise = randn(*clean.shape, generator=generator, device=device)
         output = self.network(torch.lerp(noise, clean, time), _level(rearrange(time, "b 1 1 -> b")), cond)
         wanted = clean if self.prediction == "sample" else clean - noise
-        error = reduce((output.float() - wanted).square(), "b h a -> b h", "mean")
-        if self.loss_on_padding:
-            return error.mean()
-        inside = (~batch.is_pad).to(error.dtype)
-        return (error * inside).sum() / inside.sum().clamp_min(1.0)
+        return mean_square(output.float() - wanted, None if self.loss_on_padding else ~batch.is_pad)
 
     def act(
         self,

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from einops import reduce
 from torch import Tensor, nn
 
 from robopolicy.errors import RobopolicyError
-from robopolicy.policies.base import Policy
+from robopolicy.policies.base import Policy, mean_square
 from robopolicy.rng import Rng
 from robopolicy.timing import ChunkTiming
 from robopolicy.types import Batch, Observation, TaskSpec, check_shape
@@ -49,13 +48,8 @@ class RegressionPolicy(Policy):
         """Return the mean squared error of the chunk, in network units."""
         check_shape("action", batch.action, "B H A", H=self.timing.horizon, A=self.spec.action.dim)
         cond = self.encoder(self.normalized(batch.obs), generator=generator)
-        error = reduce(
-            (self._chunk(cond).float() - self.norm.encode("action", batch.action)).square(), "b h a -> b h", "mean"
-        )
-        if self.loss_on_padding:
-            return error.mean()
-        inside = (~batch.is_pad).to(error.dtype)
-        return (error * inside).sum() / inside.sum().clamp_min(1.0)
+        error = self._chunk(cond).float() - self.norm.encode("action", batch.action)
+        return mean_square(error, None if self.loss_on_padding else ~batch.is_pad)
 
     def act(self, obs: Observation, *, guess: Tensor | None = None, generator: Rng = None) -> Tensor:
         """Return the chunk [B, H, A]; no noise is drawn.
