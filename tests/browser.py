@@ -36,7 +36,7 @@ class Page:
         command = [CHROMIUM, *flags, f"--user-data-dir={self._profile}", url]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._open.callback(self._end)
-        self._socket = self._open.enter_context(connect(self._wait_for(self._target, 60), max_size=None))
+        self._socket = self._open.enter_context(connect(self._wait_for(self._target, 120), max_size=None))
         self._number = 0
 
     def evaluate(self, script: str) -> Any:
@@ -50,7 +50,7 @@ class Page:
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def wait_until(self, script: str, timeout_s: float = 20) -> None:
+    def wait_until(self, script: str, timeout_s: float = 60) -> None:
         """Wait until the expression is true."""
         self._wait_for(lambda: self.evaluate(script), timeout_s)
 
@@ -73,7 +73,7 @@ class Page:
         file = self._profile / "DevToolsActivePort"
         if not file.exists() or not (port := file.read_text().splitlines()[:1]):
             return None
-        with urllib.request.urlopen(f"http://127.0.0.1:{port[0]}/json", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port[0]}/json", timeout=60) as answer:
             pages = [target for target in json.load(answer) if target["type"] == "page"]
         return pages[0]["webSocketDebuggerUrl"] if pages else None
 
@@ -81,7 +81,7 @@ class Page:
         self._number += 1
         self._socket.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
         while True:
-            answer = json.loads(self._socket.recv(timeout=30))
+            answer = json.loads(self._socket.recv(timeout=120))
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer
                 return answer["result"]

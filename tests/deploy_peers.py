@@ -26,11 +26,19 @@ HOME = np.array([0.0, 0.4, 0.0, -1.9, 0.0, 2.3, 0.8])
 
 
 def robot_data(**command: Any) -> dict[str, Any]:
-    """Return the Panda's robot file as a mapping, with changes to its `command`."""
+    """Return the Panda's robot file as a mapping, with changes to its `command` and deadlines for a busy machine."""
     import yaml
+    from ideal_arm import DEADLINES
 
     data = yaml.safe_load((CONFIGS / "robot" / "panda.yaml").read_text())
-    return {**data, "command": {**data["command"], **command}}
+    return {**data, "command": {**data["command"], **command}, "watchdogs": dict.fromkeys(DEADLINES, 30.0)}
+
+
+PATIENT_WORDS = [
+    f"robot.watchdogs.{name}_s=30"
+    for name in ("state_age", "observation_age", "inference", "loop_overrun", "link", "spread")
+]
+"""For the command line: deadlines for a busy machine."""
 
 
 class StillArm:
@@ -44,6 +52,8 @@ class StillArm:
 
     def __init__(self) -> None:
         self.physics_steps = 0
+        self.success_after = 100
+        """Steps after which the task is done."""
         self._position = np.zeros(9)
         self._velocity = np.zeros(9)
 
@@ -71,7 +81,7 @@ class StillArm:
 
     @property
     def success(self) -> bool:
-        return self.physics_steps > 100
+        return self.physics_steps > self.success_after
 
     def picture(self, camera: str) -> NDArray[np.uint8]:
         raise AssertionError(camera)
@@ -79,12 +89,12 @@ class StillArm:
 
 @contextlib.contextmanager
 def arm_behind_a_bridge(
-    *, command: dict[str, Any] | None = None, state_age_s: float = 1.0, settings: Any = None, **server: Any
+    *, command: dict[str, Any] | None = None, state_age_s: float = 30.0, settings: Any = None, **server: Any
 ) -> Iterator[Any]:
     """Run a `SimRobot` with a `StillArm`; yields it.
 
     Args:
-        state_age_s: of the robot file's watchdogs; long enough here for a test machine that has much else to do.
+        state_age_s: of the robot file's watchdogs; the robot has the others from `robot_data`.
         server: settings of its RosbridgeServer.
     """
     from robopolicy.deploy.robot import RobotFile
@@ -93,7 +103,7 @@ def arm_behind_a_bridge(
 
     bridge = RosbridgeServer(**server)
     data = robot_data(**(command or {}))
-    data["watchdogs"] = {**data["watchdogs"], "state_age_s": state_age_s}
+    data["watchdogs"]["state_age_s"] = state_age_s
     robot = SimRobot(StillArm(), RobotFile.from_dict(data), bridge, settings)
     bridge.start()
     robot.start()
@@ -111,7 +121,9 @@ def client_of(robot: Any, **settings: Any) -> Iterator[Any]:
 
     client = RemoteRobot(robot.robot, url=robot.server.url, **settings)
     try:
-        client.connect()
+        client.connect(30.0)
+        if not robot.server.faults.silent:
+            until(lambda: client.state() is not None)
         yield client
     finally:
         client.close()
@@ -139,10 +151,9 @@ class TimeTeller:
             self._client.send(position, np.zeros(7), None)
             self.sent += 1
 
-    def ages_s(self, accepted: Any) -> list[float]:
-        """Return how old each accepted command was when it arrived; stops (which tell no time) are left out."""
-        moving = [command for command in accepted if command.points == 2]
-        return [c.arrival_s - self.start_s - c.positions[0] * self.UNIT_S for c in moving]
+    def made_s(self, accepted: Any) -> list[float]:
+        """Return when each accepted command was made (monotonic); stops, which tell no time, are left out."""
+        return [self.start_s + c.positions[0] * self.UNIT_S for c in accepted if c.points == 2]
 
     def __enter__(self) -> TimeTeller:
         self._thread.start()
@@ -156,11 +167,11 @@ class TimeTeller:
 def moving(client: Any, robot: Any, commands: int = 10) -> None:
     """Arm `client`, and again should a busy machine disarm it, until its commands arrive."""
     wanted = len(robot.arm.accepted) + commands
-    until(lambda: len(robot.arm.accepted) > wanted or (not client.armed and client.rearm()), within_s=10)
+    until(lambda: len(robot.arm.accepted) > wanted or (not client.armed and client.rearm()))
 
 
-def until(true: Callable[[], Any], *, within_s: float = 3.0) -> float:
-    """Wait until `true()`; return how long it took.
+def until(true: Callable[[], Any], *, within_s: float = 30.0) -> float:
+    """Wait until `true()`, for as long as a very busy machine may need; return how long it took.
 
     Raises:
         AssertionError: it did not become true.
@@ -172,10 +183,25 @@ def until(true: Callable[[], Any], *, within_s: float = 3.0) -> float:
     return time.monotonic() - began_s
 
 
+def least(measure: Callable[[], float], *, below: float, tries: int = 8) -> float:
+    """Measure until the result is below a limit; return it.
+
+    What a busy machine adds differs from try to try; what the code itself takes, it takes every time.
+
+    Raises:
+        AssertionError: it never was.
+    """
+    found: list[float] = []
+    while not found or found[-1] >= below:
+        assert len(found) < tries, f"{found} are not below {below:g}"
+        found.append(measure())
+    return found[-1]
+
+
 class RoslibpyRobot:
     """A robot in a process of its own, on the bridge by roslibpy: sends joint states, notes what it is sent."""
 
-    def __init__(self, url: str, *, dialect: str = "ros2", seconds: float = 8.0) -> None:
+    def __init__(self, url: str, *, dialect: str = "ros2", seconds: float = 90.0) -> None:
         import subprocess
 
         command = [sys.executable, __file__, "roslibpy", url, dialect, str(seconds)]
@@ -191,7 +217,7 @@ class RoslibpyRobot:
 
     def close(self) -> None:
         self._child.terminate()
-        self._child.wait(5)
+        self._child.wait(30)
 
 
 def say(value: Any) -> None:
@@ -207,7 +233,7 @@ def roslibpy_robot(url: str, dialect: str, seconds: str) -> None:
 
     parts = urlsplit(url)
     ros = roslibpy.Ros(parts.hostname, parts.port)
-    ros.run(timeout=10)
+    ros.run(timeout=30)
     states = roslibpy.Topic(ros, "/joint_states", "sensor_msgs/JointState")
     orders = roslibpy.Topic(ros, "/panda_arm_controller/joint_trajectory", "trajectory_msgs/JointTrajectory")
     estop = roslibpy.Topic(ros, "/robopolicy/estop", "std_msgs/Bool")
@@ -287,7 +313,7 @@ class NativeRos2:
     def close(self) -> None:
         for child in (self._robot, self._gateway):
             child.kill()
-            child.wait(5)
+            child.wait(30)
 
 
 ROS_TOPICS = {

@@ -19,6 +19,11 @@ PANDA = Path(__file__).parents[1] / "configs" / "robot" / "panda.yaml"
 REST = np.array([0.0, np.pi / 8, 0.0, -np.pi * 5 / 8, 0.0, np.pi * 3 / 4, np.pi / 4])
 
 
+DEADLINES = ("state_age_s", "observation_age_s", "inference_s", "loop_overrun_s", "link_s", "spread_s")
+PATIENT: dict[str, Any] = {f"watchdogs__{name}": 30.0 for name in DEADLINES}
+"""Changes after which no watchdog acts because the machine is busy; for tests in real time of something else."""
+
+
 def panda(**changes: Any) -> RobotFile:
     """The shipped robot file, with `safety__jump_rad=1.0`-like changes."""
     data = yaml.safe_load(PANDA.read_text())

@@ -7,29 +7,101 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import ideal_arm
+import pytest
+import scripted_planner
 import torch
+from ideal_arm import IdealArm, Memory, panda
+from scripted_planner import ScriptedPlanner
 
+from robopolicy.deploy import loop, runner, session
 from robopolicy.deploy.contract import Floats, LinkStatus, RobotState, Sample, StreamReport
 from robopolicy.deploy.playback import TimedPlan
 from robopolicy.deploy.session import Session
-from robopolicy.envs.stepping import SteppedRobot
+
+if TYPE_CHECKING:
+    from robopolicy.envs.stepping import SteppedRobot
 
 DT = 0.01
 
 
 class Clock:
-    """Stands for the module `time`."""
+    """Stands for the module `time` in the modules of deployment; processor time passes as `work` says."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
+        self.cpu_s = 0.0
 
     def monotonic(self) -> float:
         return self.now_s
 
+    def time(self) -> float:
+        return self.now_s + 1e9
+
+    def process_time(self) -> float:
+        return self.cpu_s
+
     def sleep(self, seconds: float) -> None:
         raise AssertionError("nothing waits in made-up time")
+
+    def work(self, seconds: float, *, cpu: float = 1.0) -> None:
+        """Let time pass, of which this process gets the processor for the share `cpu`."""
+        self.now_s += seconds
+        self.cpu_s += cpu * seconds
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in (loop, runner, session, ideal_arm, scripted_planner):
+            monkeypatch.setattr(module, "time", self)
+
+
+class Stage:
+    """A session on an ideal arm that follows at once. While the planner thinks, the arm and the loop go on."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        planner: ScriptedPlanner,
+        *,
+        streams: Mapping[str, Floats] | None = None,
+        file: Any = None,
+        **settings: Any,
+    ) -> None:
+        self.clock = Clock()
+        self.clock.install(monkeypatch)
+        self.clock.sleep = self._let_pass  # type: ignore[method-assign]
+        self.memory = Memory()
+        self.planner, self.arm = planner, IdealArm(streams=streams)
+        self.session = Session(self.arm, file or panda(), planner, recorders=[self.memory], **settings)
+        self.session.builder.clock.reset()
+        self.arm.publish(self.clock.now_s)
+
+    def begin(self) -> None:
+        assert self.session.begin() == ""
+
+    def run(self, until: Callable[[], bool], *, limit_s: float = 20.0) -> float:
+        """Go on until the condition holds; return how long it took, in made-up time."""
+        begun_s = self.clock.now_s
+        while not until():
+            assert self.clock.now_s < begun_s + limit_s, self.session.snapshot()
+            if self.session.runner._running.is_set():
+                self.session.runner._turn()
+            self._turn()
+        return self.clock.now_s - begun_s
+
+    def run_for(self, seconds: float) -> None:
+        end_s = self.clock.now_s + seconds - 1e-9
+        self.run(lambda: self.clock.now_s >= end_s, limit_s=2 * seconds)
+
+    def _let_pass(self, seconds: float) -> None:
+        for _ in range(round(seconds / DT)):
+            self._turn()
+
+    def _turn(self) -> None:
+        self.arm.publish(self.clock.now_s)
+        self.session.loop.turn(self.clock.now_s)
+        self.clock.work(DT)
 
 
 class DelayedRobot:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Finished
-from deploy_peers import StillArm, robot_data
+from deploy_peers import PATIENT_WORDS, StillArm, robot_data
 from ideal_arm import PANDA
 
 from robopolicy.deploy.faults import Faults
@@ -21,6 +25,13 @@ from robopolicy.deploy.sim_server import RosbridgeServer
 
 ZOO = Path(__file__).parents[1] / "checkpoints" / "zoo" / "pick_cube-diffusion"
 Cli = Callable[..., Finished]
+
+
+@pytest.fixture(autouse=True)
+def listen_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check` need not listen for its two seconds to hear a robot in this process."""
+    monkeypatch.setattr("robopolicy.app.deploy.CHECK_S", 1.0)
+    monkeypatch.setattr("robopolicy.deploy.remote.FIRST_STATE_S", 0.5)
 
 
 @pytest.fixture
@@ -46,7 +57,23 @@ def bridge() -> Iterator[Callable[..., SimRobot]]:
 
 
 def words(arm: SimRobot, *more: str) -> list[str]:
-    return ["deploy", f"checkpoint={ZOO}", f"bridge.url={arm.server.url}", *more]
+    given = ["bridge.timeout_s=60", "robot.joint_states.rate_hz=20", *PATIENT_WORDS]
+    return ["deploy", f"checkpoint={ZOO}", f"bridge.url={arm.server.url}", *given, *more]
+
+
+@contextlib.contextmanager
+def leaving_when(arm: SimRobot, enough: Callable[[dict[str, Any]], bool]) -> Iterator[None]:
+    """Press Ctrl-C as soon as the heartbeat of the deployment that runs meanwhile says what is waited for."""
+    pressed = threading.Event()
+
+    def heard(message: Any) -> None:
+        if not pressed.is_set() and enough(json.loads(message["data"])):
+            pressed.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    arm.server.listen("/robopolicy/status", "std_msgs/String", heard)
+    yield
+    assert pressed.is_set()
 
 
 def test_help_shows_examples_and_every_setting(cli: Cli) -> None:
@@ -75,7 +102,7 @@ def test_a_checkpoint_that_fits_is_checked_without_motion(cli: Cli, bridge: Call
 def test_check_names_what_is_missing(
     cli: Cli, bridge: Callable[..., SimRobot], faults: dict[str, Any], problem: str
 ) -> None:
-    done = cli(*words(bridge(**faults), "bridge.timeout_s=1"), "--json")
+    done = cli(*words(bridge(**faults)), "--json")
     assert done.code == 1
     assert problem in " ".join(json.loads(done.out)["problems"])
 
@@ -91,7 +118,7 @@ def test_check_names_what_is_missing(
 def test_check_finds_wrong_topics_and_rates(
     cli: Cli, bridge: Callable[..., SimRobot], change: str, problem: str
 ) -> None:
-    done = cli(*words(bridge(), "bridge.timeout_s=1", change), "--json")
+    done = cli(*words(bridge(), change), "--json")
     assert done.code == 1
     assert problem in " ".join(json.loads(done.out)["problems"])
 
@@ -142,12 +169,12 @@ def test_shadow_moves_nothing_and_says_what_it_would_have(
     cli: Cli, bridge: Callable[..., SimRobot], empty_cwd: Path
 ) -> None:
     arm = bridge()
-    shadow = ["mode=shadow", "duration_s=2.0", "live=false", "robot.watchdogs.loop_overrun_s=1"]
-    done = cli(*words(arm, *shadow), "--json")
+    with leaving_when(arm, lambda said: said["plans"] >= 5 and said["phase"] == "moving"):
+        done = cli(*words(arm, "mode=shadow", "live=false"), "--json")
     said = json.loads(done.out)
     assert done.code == 0, done.err
     assert not arm.arm.accepted
-    assert said["plans"] > 3
+    assert said["plans"] >= 5
     assert said["shadow_rad"]["max"] > 0.0
     assert said["effective"]["weights_sha256"]
     assert Path(said["recording"]).is_file()
@@ -156,18 +183,24 @@ def test_shadow_moves_nothing_and_says_what_it_would_have(
     assert json.loads(again.out)["num_equal"] == said["plans"]
 
 
-def test_live_plays_for_a_time_and_leaves_the_arm_stopped(
-    cli: Cli, bridge: Callable[..., SimRobot], empty_cwd: Path
-) -> None:
+def test_live_plays_and_leaves_the_arm_stopped(cli: Cli, bridge: Callable[..., SimRobot], empty_cwd: Path) -> None:
     arm = bridge()
-    live = ["mode=live", "arm=now", "duration_s=1.0", "live=false", "record=null", "robot.watchdogs.loop_overrun_s=1"]
-    done = cli(*words(arm, *live), "--json")
+    with leaving_when(arm, lambda said: said["plans"] >= 5 and len(arm.arm.accepted) > 20):
+        done = cli(*words(arm, "mode=live", "arm=now", "live=false", "record=null"), "--json")
     said = json.loads(done.out)
     assert done.code == 0, done.err
-    assert len(arm.arm.accepted) > 20
-    assert said["stop_reason"] == ""
-    assert said["plans"] > 3
+    assert said["stop_reason"] == "SIGINT"
+    assert arm.arm.accepted[-1].points == 1  # a trajectory to rest
     assert list(empty_cwd.iterdir()) == []
+
+
+def test_a_time_ends_it_too(cli: Cli, bridge: Callable[..., SimRobot], empty_cwd: Path) -> None:
+    arm = bridge()
+    live = ["mode=live", "arm=now", "live=false", "record=null", "duration_s=0.5"]
+    done = cli(*words(arm, *live), "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["stop_reason"] == ""
+    assert [a for a in arm.arm.accepted if a.points == 1]
 
 
 def test_every_robot_file_is_valid() -> None:

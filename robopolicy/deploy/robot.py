@@ -66,7 +66,7 @@ class Watchdogs:
     inference_s: float = 1.0
     loop_overrun_s: float = 0.05
     link_s: float = 1.0
-    """Age of an answered ping."""
+    """How long the bridge may take to answer a ping."""
     spread_s: float = 0.1
     """Most difference between the stamps of one observation's streams."""
 

@@ -29,7 +29,7 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
-from .wire import BridgeError, BridgeThread, Endpoint, Message, decode, encode, explain
+from .wire import BridgeError, BridgeThread, Endpoint, Message, decode, encode, explain, sockets_log
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ FIRST_BACKOFF_S, MOST_BACKOFF_S = 0.2, 2.0
 STALE_COMMAND_S = 0.1
 """A message that could not leave for this long never leaves."""
 PROBE_EVERY_S, PROBE_TIMEOUT_S = 1.0, 2.0
+NOT_TRIED = "not connected yet"
 MOST_GOALS = 64
 """Goals whose end is waited for."""
 
@@ -90,8 +91,8 @@ class Socket:
         self.endpoint, self.name, self.counts = endpoint, name, Counts()
         self.generation = 0
         """Connections made so far."""
-        self.problem = "not connected yet"
-        """Why there is no connection; empty if there is one."""
+        self.problem = NOT_TRIED
+        """Why there is no connection; empty if there is one, `NOT_TRIED` before the first attempt has ended."""
         self.last_frame_s = -math.inf
         self._thread, self._gate, self._on_up, self._on_down = thread, gate, on_up, on_down
         self._on_probe, self._probe = on_probe, probe
@@ -300,6 +301,7 @@ class Socket:
                     ping_timeout=point.ping_timeout_s,
                     close_timeout=0.2,
                     max_size=point.max_bytes,
+                    logger=sockets_log,
                     write_limit=1,  # what the system does not take waits in its slot, where a newer one replaces it
                 ) as ws:
                     delay_s = FIRST_BACKOFF_S

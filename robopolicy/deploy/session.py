@@ -126,6 +126,7 @@ class Session:
             recorders=self._recorders,
         )
         self._thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
+        robot.listen(on_stop=lambda reason: self.stop(f"emergency stop from ROS: {reason}"))
 
     def add_recorder(self, recorder: Recorder) -> None:
         """Tell `recorder` of all that happens from now on; before `open`."""
@@ -133,7 +134,6 @@ class Session:
 
     def open(self) -> None:
         """Start the threads; nothing moves before `begin`."""
-        self._robot.listen(on_stop=lambda reason: self.stop(f"emergency stop from ROS: {reason}"))
         self.runner.open()
         if self.stopped.is_set():
             raise RobopolicyError(self.stop_reason[0].upper() + self.stop_reason[1:] + ".")

@@ -28,7 +28,7 @@ from robopolicy.errors import RobopolicyError
 from .faults import Faults
 from .messages import Dialect, Message, short_type, time_fields
 from .sim_connection import ClientConnection, GoalHandle, plain, tagged
-from .wire import BridgeThread
+from .wire import BridgeThread, sockets_log
 
 SUCCEEDED, CANCELED, ABORTED = 4, 5, 6
 """Of action_msgs/GoalStatus."""
@@ -110,6 +110,7 @@ class RosbridgeServer:
                 ssl=self._tls,
                 compression=None,
                 max_size=limit,
+                logger=sockets_log,
                 ping_interval=None,
                 close_timeout=0.2,
             )

@@ -23,6 +23,9 @@ import numpy as np
 from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 
 log = logging.getLogger(__name__)
+sockets_log = log.getChild("sockets")
+"""For websockets' own words: each connection that opens or closes is no news to a program's log."""
+sockets_log.setLevel(logging.WARNING)
 
 Message = Mapping[str, Any]
 
