@@ -49,6 +49,8 @@ class IdealArm:
         self.statuses = 0
         self.generation, self.connected, self.ping_s = 1, True, 0.001
         self.silent = False
+        self.mute: set[str] = set()
+        """Streams that say nothing."""
         self.stamp_offset_s = 1000.0
         self.work_per_state_s = 0.0
         self._armed = False
@@ -71,6 +73,8 @@ class IdealArm:
         )
         self._states.append(state)
         for name, value in self.streams.items():
+            if name in self.mute:
+                continue
             self._samples[name].append(Sample(value=value.copy(), stamp_s=stamp_s, arrival_s=now_s))
 
     def run(self) -> None:

@@ -35,7 +35,14 @@ class Panel:
         return ""
 
     def snapshot(self) -> dict[str, Any]:
-        return {"phase": self.phase, "reason": self.reason, "ping_s": float("inf"), "clamps": {"velocity": 12}}
+        policy = {"missing": "objects", "diagnostics": {"doubt_objects": 4.25, "energy": None}}
+        return {
+            "phase": self.phase,
+            "reason": self.reason,
+            "ping_s": float("inf"),
+            "clamps": {"velocity": 12},
+            **policy,
+        }
 
 
 @pytest.fixture
@@ -98,7 +105,7 @@ def test_updates_tell_the_newest_state_and_stay_json(live: LivePage) -> None:
     status, line, _ = ask(live, "/updates")
     assert status == 200
     update = json.loads(line.removeprefix(b"data: "))
-    assert update["snapshot"] == {"phase": "moving", "reason": "", "ping_s": None, "clamps": {"velocity": 12}}
+    assert update["snapshot"] == {**live._commands.snapshot(), "ping_s": None}
     assert update["joints"] == list(JOINTS)
     assert 70 <= len(update["ticks"]) <= 76, "three seconds at one turn per 40 ms"
     assert update["ticks"][-1][1] == pytest.approx(list(tick(int(update["ticks"][-1][0] * 100)).measured), abs=1e-4)
@@ -130,6 +137,14 @@ def test_a_click_on_stop_in_a_browser_stops(live: LivePage, panel: Panel, width:
         for i in range(100):
             live.tick(tick(i, time_s=i * 0.05))
         page.wait_until("document.querySelectorAll('#plots canvas').length == 2")
+        assert page.evaluate("document.querySelector('#said').innerText").split() == [
+            "doubt",
+            "objects",
+            "4.25",
+            "energy",
+            "–",
+        ]
+        assert "objects" in page.evaluate("document.querySelector('#numbers').innerText").split()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing hangs over the side"
         page.click("#stop")
         deadline = time.monotonic() + 30

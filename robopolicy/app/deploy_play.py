@@ -58,6 +58,7 @@ def play(
             speed=cfg.speed,
             seam_blend_s=cfg.seam_blend_s,
             ensemble_decay=cfg.ensemble_decay,
+            optional=loaded.policy.optional,
             force=cfg.force,
             confirm=confirm,
         )
@@ -253,7 +254,7 @@ def _await_scene(robot: RemoteRobot, session: Session, since_s: float) -> None:
     """Wait until every stream, also a goal that is told seldom, has said something of the scene since `since_s`."""
     until_s = since_s + READY_S
     time.sleep(SETTLE_S)
-    for name in session.builder.streams:
+    for name in session.builder.required:
         while not any(sample.arrival_s > since_s for sample in robot.samples(name)):
             if time.monotonic() > until_s:
                 raise RobopolicyError(f"Nothing on stream {name!r} within {READY_S:g} s of the reset.")
@@ -282,8 +283,9 @@ def _line(session: Session) -> str:
     clamps = sum(now["clamps"].values())
     inference = "-" if now["inference_s"] is None else f"{1e3 * now['inference_s']:.0f} ms"
     age = "-" if now["state_age_s"] is None else f"{1e3 * now['state_age_s']:.0f} ms"
+    lacking = f", without {now['missing']}" if now["missing"] else ""
     waiting = f" waiting for {now['waiting_for']}" if now["waiting_for"] else ""
-    return f"{now['phase']}{waiting}; state {age}, plan {inference}, {now['plans']} plans, {clamps} clamps"
+    return f"{now['phase']}{waiting}; state {age}, plan {inference}, {now['plans']} plans{lacking}, {clamps} clamps"
 
 
 def _say_summary(summary: Mapping[str, Any], console: Console) -> None:
@@ -299,6 +301,8 @@ def _say_summary(summary: Mapping[str, Any], console: Console) -> None:
             f"policy: {summary['plans']} plans in {plan['median']:.1f} ms (p95 {plan['p95']:.1f}), from observations "
             f"{age['median']:.1f} ms old; {summary['underruns']} under-runs, {summary['missed_plans']} periods missed"
         )
+    for name, count in summary["plans_without"].items():
+        console.print(f"policy: {count} of {summary['plans']} plans without {name}, whose stream was silent")
     counts = {**summary["filter_clamps"], **{f"rejected: {k}": v for k, v in summary["filter_rejections"].items()}}
     shown = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     console.print(f"filter: {summary['filter_passed']} commands; {shown or 'nothing clamped'}")

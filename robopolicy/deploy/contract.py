@@ -7,7 +7,7 @@ arrays are in the order of the robot file, poses are [x, y, z, qw, qx, qy, qz] a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -183,6 +183,10 @@ class Plan:
     """Steps since the previous plan, as the planner was told."""
     generator_state: bytes
     """State of the noise generator before the plan, so that a replay gives the same actions; empty if none."""
+    missing: tuple[str, ...] = ()
+    """Modalities that the policy did without: their streams were silent."""
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    """What the planner says of this plan: energies, doubts, disagreement."""
 
 
 class Recorder(Protocol):

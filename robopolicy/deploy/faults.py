@@ -25,6 +25,10 @@ class Faults:
     """Every message takes so much longer, both ways."""
     silent: bool = False
     """The robot's driver says nothing more on the joint states; all else goes on."""
+    silent_stream: str = ""
+    """Name of a stream of the robot file on which nothing more is said."""
+    frozen_stream: str = ""
+    """Name of a stream that says what it last said, again and again, with new stamps."""
     nan_joint: str = ""
     """Name of a joint whose position is NaN."""
     missing_joint: str = ""

@@ -209,6 +209,8 @@ class ControlLoop:
         vitals.inferring_s, vitals.spread_s = self._runner.inferring_s(now_s), self._runner.spread_s
         vitals.observation_age_s, vitals.stream = 0.0, ""
         for name in self._builder.moving_streams:
+            if name not in self._builder.required:
+                continue
             samples = self._robot.samples(name)
             age = now_s - clock.time(samples[-1]) if samples else math.inf
             if age > vitals.observation_age_s:

@@ -11,6 +11,10 @@ A source in the robot file is one term or the difference of two:
 Joints are interpolated to the moment that is asked for; other streams give their newest sample at or before it. The
 newest moment that all streams have reached is the observation's time; the history before it is picked by time, at the
 period of training.
+
+A modality that the policy can do without (`Policy.optional`) is left out while one of its streams is silent: nothing
+has come yet, or its newest sample lies further behind the joints than the watchdogs allow an observation to spread, or
+a sample to be old. It is back with the first new sample; what came before the silence is not looked at again.
 """
 
 from __future__ import annotations
@@ -90,6 +94,8 @@ class Built:
     """How far the newest samples of the streams lie apart."""
     arrays: dict[str, NDArray[np.generic]]
     """The same without the batch axis, for the recording."""
+    missing: tuple[str, ...] = ()
+    """Modalities that were left out."""
 
 
 def terms(source: str) -> list[tuple[str, str]]:
@@ -123,10 +129,15 @@ def source_width(source: str, robot: RobotFile, wanted: int) -> str:
     return ""
 
 
+def modality_streams(modality: ModalitySpec, robot: RobotFile) -> set[str]:
+    """Return the streams of `robot` that a modality is made of."""
+    sources = [robot.observations[path] for path in modality.fields if path in robot.observations]
+    return {name for source in sources for name, _ in terms(source) if name in robot.streams}
+
+
 def needed_streams(spec: TaskSpec, robot: RobotFile) -> list[str]:
     """Return the streams of `robot` that a policy trained for `spec` observes."""
-    paths = [path for modality in spec.observation.values() for path in modality.fields]
-    names = [name for path in paths if path in robot.observations for name, _ in terms(robot.observations[path])]
+    names = set().union(*(modality_streams(modality, robot) for modality in spec.observation.values()))
     return [name for name in robot.streams if name in names]
 
 
@@ -137,16 +148,31 @@ class ObservationBuilder:
         n_obs_steps: frames of a window.
         period_s: time between them: the policy's control period, stretched by the speed.
         speed: share of real time at which the policy is played; velocities are told as the policy knows them.
+        optional: modalities that may be missing.
     """
 
     def __init__(
-        self, spec: TaskSpec, robot: RobotFile, chain: Chain, *, n_obs_steps: int, period_s: float, speed: float = 1.0
+        self,
+        spec: TaskSpec,
+        robot: RobotFile,
+        chain: Chain,
+        *,
+        n_obs_steps: int,
+        period_s: float,
+        speed: float = 1.0,
+        optional: frozenset[str] = frozenset(),
     ) -> None:
         self.clock = RobotClock()
         self.streams = needed_streams(spec, robot)
+        self._needs = {name: modality_streams(modality, robot) for name, modality in spec.observation.items()}
+        self.required = set().union(*(needs for name, needs in self._needs.items() if name not in optional))
+        """Streams without which there is no observation."""
+        self.moving_streams = [name for name in self.streams if not robot.streams[name].constant]
         self._spec, self._robot, self._chain = spec, robot, chain
         self._steps, self._period_s, self._speed = n_obs_steps, period_s, speed
-        self.moving_streams = [name for name in self.streams if not robot.streams[name].constant]
+        self._most_behind_s = min(robot.watchdogs.spread_s, robot.watchdogs.observation_age_s)
+        self._silent: set[str] = set()
+        self._since_s: dict[str, float] = {}
         self._fingers = len(robot.gripper.joints) if robot.gripper else 0
         self._gripper: deque[tuple[float, float]] = deque(maxlen=16)
         self._start_s = -math.inf
@@ -154,6 +180,7 @@ class ObservationBuilder:
     def start(self, now_s: float) -> None:
         """Begin an episode: nothing before `now_s` is looked at."""
         self._start_s = now_s
+        self._silent, self._since_s = set(), {}
         self._gripper.clear()
 
     def commanded(self, opening_m: float, now_s: float) -> None:
@@ -165,24 +192,40 @@ class ObservationBuilder:
         states = [s for s in robot.states() if s.arrival_s >= self._start_s]
         if not states:
             return "no joint states"
+        times = [self.clock.time(s) for s in states]
         samples: dict[str, Sequence[Sample]] = {}
         for name in self.streams:
-            got = [s for s in robot.samples(name) if self._robot.streams[name].constant or s.arrival_s >= self._start_s]
-            if not got:
+            if got := self._samples(name, robot, times[-1]):
+                samples[name] = got
+            elif name in self.required or times[-1] < self._start_s + self._most_behind_s:
                 return f"nothing yet on stream {name!r} ({self._robot.streams[name].topic})"
-            samples[name] = got
-        times = [self.clock.time(s) for s in states]
-        newest = [times[-1], *(self.clock.time(samples[name][-1]) for name in self.moving_streams)]
+        stream_times = {n: [self.clock.time(s) for s in samples[n]] for n in self.moving_streams if n in samples}
+        newest = [times[-1], *(t[-1] for t in stream_times.values())]
         now_s = min(newest)
-        stream_times = {name: [self.clock.time(s) for s in samples[name]] for name in self.moving_streams}
         first_s = max(times[0], *(t[0] for t in stream_times.values())) if stream_times else times[0]
+        missing = tuple(name for name, needs in self._needs.items() if not needs <= samples.keys())
         frames = []
         for step in range(self._steps - 1, -1, -1):
             moment = max(now_s - step * self._period_s, min(first_s, now_s))
-            frames.append(self._frame(moment, states, times, samples, stream_times))
-        arrays = {name: np.stack([frame[name] for frame in frames]) for name in self._spec.observation}
+            frames.append(self._frame(moment, states, times, samples, stream_times, missing))
+        arrays = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
         tensors = {name: torch.from_numpy(value)[None] for name, value in arrays.items()}
-        return Built(Observation(modalities=tensors), now_s, max(newest) - now_s, arrays)
+        return Built(Observation(modalities=tensors), now_s, max(newest) - now_s, arrays, missing)
+
+    def _samples(self, name: str, robot: Robot, joints_s: float) -> Sequence[Sample]:
+        """Return what can be used of a stream, with the joints measured at `joints_s`; nothing while it is silent."""
+        if self._robot.streams[name].constant:
+            return robot.samples(name)
+        got = [s for s in robot.samples(name) if s.arrival_s >= max(self._start_s, self._since_s.get(name, -math.inf))]
+        if name in self.required:
+            return got
+        if not got or joints_s - self.clock.time(got[-1]) > self._most_behind_s:
+            self._silent.add(name)
+            return ()
+        if name in self._silent:
+            self._silent.remove(name)
+            self._since_s[name] = got[-1].arrival_s
+        return [s for s in got if s.arrival_s >= self._since_s.get(name, -math.inf)]
 
     def _frame(
         self,
@@ -191,6 +234,7 @@ class ObservationBuilder:
         times: Sequence[float],
         samples: dict[str, Sequence[Sample]],
         stream_times: dict[str, list[float]],
+        missing: Sequence[str],
     ) -> dict[str, NDArray[np.generic]]:
         position, velocity, width, width_velocity = joints_at(moment, states, times)
         values: dict[str, NDArray[np.generic]] = {}
@@ -204,7 +248,8 @@ class ObservationBuilder:
             at = stream_times.get(name)
             index = len(found) - 1 if at is None else max(0, bisect_right(at, moment + 1e-9) - 1)
             values[name] = found[index].value
-        return {name: self._modality(modality, values) for name, modality in self._spec.observation.items()}
+        there = {name: spec for name, spec in self._spec.observation.items() if name not in missing}
+        return {name: self._modality(modality, values) for name, modality in there.items()}
 
     def _modality(self, modality: ModalitySpec, values: dict[str, NDArray[np.generic]]) -> NDArray[np.generic]:
         if modality.is_image:

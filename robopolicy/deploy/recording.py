@@ -60,7 +60,8 @@ SCHEMAS = {
     "robopolicy_msgs/msg/Tick": "uint64 index\nfloat64 time_s\nfloat64 late_s\nfloat64 work_s\n"
     "float64 state_age_s\nstring phase\nfloat64 gripper_m\nfloat64[] action\nuint32 clamped\nstring rejected",
     "robopolicy_msgs/msg/Plan": "float64 time_s\nfloat64 observed_s\nfloat64 inference_s\nfloat64 spread_s\n"
-    "int32 shift\nuint8[] generator_state\nrobopolicy_msgs/Array chunk\nrobopolicy_msgs/Array[] observation"
+    "int32 shift\nuint8[] generator_state\nrobopolicy_msgs/Array chunk\nrobopolicy_msgs/Array[] observation\n"
+    "string[] missing\nstring[] diagnostic_names\nfloat64[] diagnostics"
     f"{_SEPARATOR}MSG: robopolicy_msgs/Array\nstring name\nstring dtype\nuint32[] shape\nuint8[] data",
 }
 
@@ -182,6 +183,8 @@ class McapRecorder:
         message["generator_state"] = plan.generator_state
         message["chunk"] = _array("chunk", plan.chunk)
         message["observation"] = [_array(name, value) for name, value in plan.observation.items()]
+        message["missing"], said = list(plan.missing), plan.diagnostics
+        message["diagnostic_names"], message["diagnostics"] = list(said), list(said.values())
         self._write("plan", "robopolicy_msgs/msg/Plan", message, plan.time_s)
         for name, value in plan.observation.items():
             if value.dtype == np.uint8:
@@ -282,4 +285,8 @@ def _plan(message: Any) -> Plan:
         generator_state=bytes(message.generator_state),
         chunk=_numpy(message.chunk),
         observation={array.name: _numpy(array) for array in message.observation},
+        missing=tuple(getattr(message, "missing", ())),  # older recordings say neither
+        diagnostics=dict(
+            zip(getattr(message, "diagnostic_names", ()), getattr(message, "diagnostics", ()), strict=True)
+        ),
     )

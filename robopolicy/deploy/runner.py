@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -36,6 +36,7 @@ POLL_S = 0.002
 WARM_UPS = 4
 KEPT_PLANS = 1 << 16
 """Of how many plans the latencies are kept."""
+KEPT_DIAGNOSTICS = 4096
 
 
 class PolicyRunner:
@@ -80,6 +81,12 @@ class PolicyRunner:
         """Why there is no observation yet; empty while there is."""
         self.spread_s = 0.0
         self.plans = 0
+        self.without: Counter[str] = Counter()
+        """Plans that were made without each modality."""
+        self.missing: tuple[str, ...] = ()
+        """Modalities that the newest plan did without."""
+        self.diagnostics: dict[str, deque[float]] = {}
+        """What the planner said of each plan."""
         self.missed_periods = 0
         """Control periods in which no observation was taken because the plan before took too long."""
         self._planner, self._builder, self._playlist, self._robot = planner, builder, playlist, robot
@@ -111,6 +118,7 @@ class PolicyRunner:
         self._playlist.clear()
         self._generator = torch.Generator().manual_seed(seed)
         self._last_observed_s, self._due_s = -math.inf, 0.0
+        self.missing = ()
         self._builder.start(time.monotonic())
         self._running.set()
 
@@ -238,6 +246,7 @@ class PolicyRunner:
         self.observed_ages_s.append(now_s - built.time_s)
         self._recent_s.append(ready_s - built.time_s)
         array: NDArray[np.float32] = chunk[0].float().cpu().numpy().copy()
+        said = self._take_notes(built)
         record = Plan(
             time_s=ready_s,
             observed_s=built.time_s,
@@ -247,6 +256,8 @@ class PolicyRunner:
             chunk=array,
             shift=shift,
             generator_state=state,
+            missing=built.missing,
+            diagnostics=said,
         )
         for recorder in self._recorders:
             recorder.plan(record)
@@ -255,6 +266,19 @@ class PolicyRunner:
             self._on_fault("the operator did not confirm the next chunk")
             return
         self._hand_over(array, built.time_s)
+
+    def _take_notes(self, built: Built) -> dict[str, float]:
+        """Note what the policy did without, telling when that changes, and what the planner says of its plan."""
+        self.without.update(built.missing)
+        for name in set(built.missing) ^ set(self.missing):
+            text = f"plans without {name}" if name in built.missing else f"{name} is there again"
+            for recorder in self._recorders:
+                recorder.event("warning", text, modality=name)
+        self.missing = built.missing
+        said = {name: float(value.flatten()[0]) for name, value in self._planner.diagnostics.items()}
+        for name, value in said.items():
+            self.diagnostics.setdefault(name, deque(maxlen=KEPT_DIAGNOSTICS)).append(value)
+        return said
 
     def _hand_over(self, chunk: NDArray[np.float32], observed_s: float) -> None:
         actions = chunk[self._now :].astype(np.float64)

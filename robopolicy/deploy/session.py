@@ -45,6 +45,7 @@ class Session:
         mode: shadow sends nothing; step asks `confirm` before each chunk; live plays.
         n_action_steps: of a chunk, before the next is wanted; None takes the planner's.
         speed: share of real time at which the policy's motion is played, (0, 1].
+        optional: modalities of the observation that the policy can do without; see `Policy.optional`.
         force: run a streaming controller without a command timeout of its own all the same.
 
     Raises:
@@ -64,6 +65,7 @@ class Session:
         speed: float = 1.0,
         seam_blend_s: float = 0.0,
         ensemble_decay: float = 0.01,
+        optional: frozenset[str] = frozenset(),
         force: bool = False,
         recorders: Sequence[Recorder] = (),
         confirm: Callable[[Plan], bool] | None = None,
@@ -93,7 +95,7 @@ class Session:
         chain, period_s = find_chain(file.kinematics), spec.action.control_dt_s / speed
         self.playlist = Playlist()
         self.builder = ObservationBuilder(
-            spec, file, chain, n_obs_steps=timing.n_obs_steps, period_s=period_s, speed=speed
+            spec, file, chain, n_obs_steps=timing.n_obs_steps, period_s=period_s, speed=speed, optional=optional
         )
         self.runner = PolicyRunner(
             planner,
@@ -224,6 +226,8 @@ class Session:
             "armed": self._robot.armed,
             "episode": self.episode,
             "waiting_for": runner.waiting_for,
+            "missing": ", ".join(runner.missing),
+            "diagnostics": {name: _finite(values[-1]) for name, values in list(runner.diagnostics.items())},
             "speed": self.speed,
             "rate_hz": self.file.command.rate_hz,
             "turns": loop.stats.turns,
@@ -261,6 +265,12 @@ class Session:
             "observation_age_ms": _spread_ms(runner.observed_ages_s),
             "skipped_actions_per_plan": float(np.mean(runner.skipped)) if runner.skipped else 0.0,
             "missed_plans": runner.missed_periods,
+            "plans_without": dict(runner.without),
+            "diagnostics": {
+                name: _spread(finite)
+                for name, values in runner.diagnostics.items()
+                if (finite := [v for v in values if math.isfinite(v)])
+            },
             "underruns": self.playlist.underruns,
             "holds": stats.holds,
             "seam_rad": _spread(stats.seams_rad),
@@ -284,7 +294,7 @@ class Session:
         age_s = time.monotonic() - state.arrival_s
         if age_s > self.file.watchdogs.state_age_s:
             return f"the newest joint state is {age_s:.2f} s old"
-        for name in self.builder.streams:
+        for name in self.builder.required:
             samples = self._robot.samples(name)
             stream = self.file.streams[name]
             if not samples:

@@ -110,6 +110,7 @@ class SimRobot:
             chain=CHAINS.get(robot.kinematics),
         )
         self.gripper = GripperController(0.0, message_per_m=robot.gripper.message_per_m if robot.gripper else 0.5)
+        self._told: dict[str, Floats] = {}
         self.slipped_s = 0.0
         """How much less time passed in the simulation than on the clock."""
         self.work_s: collections.deque[float] = collections.deque(maxlen=1000)
@@ -195,11 +196,12 @@ class SimRobot:
 
     def _publish_streams(self, now_s: float, *, every: bool) -> None:
         """Publish the task's observations; those that are constant only when `every`."""
-        extras = self.sim.extras()
+        extras, faults = self.sim.extras(), self.server.faults
         for name, stream in self.robot.streams.items():
             value, kind = extras.get(name), messages.short_type(stream.type)
-            if value is None or (stream.constant and not every):
+            if value is None or (stream.constant and not every) or name == faults.silent_stream:
                 continue
+            value = self._told[name] = self._told.get(name, value) if name == faults.frozen_stream else value
             spelled: dict[str, Any] = {
                 "time_s": now_s,
                 "frame": self.robot.frames.world,
