@@ -80,8 +80,7 @@ ARMS = {
             **ENERGY_STEPS,
             "stops by itself": {"max_steps": 8, "stop": "step_length", "tolerance": 0.03},
             "best of 5, 4 steps": {"max_steps": 4, "num_candidates": 5},
-            "4 steps, every tick": {"max_steps": 4, "every_tick": "fresh"},
-            "2 steps, every tick": {"max_steps": 2, "every_tick": "fresh"},
+            **{f"{n} steps, every tick": {"max_steps": n, "every_tick": "fresh"} for n in (1, 2, 4)},
             "2 steps from the last chunk": {"warm_steps": 2, "every_tick": "warm"},
             "1 step from the last chunk": {"warm_steps": 1, "every_tick": "warm"},
         },
@@ -109,7 +108,7 @@ ARMS = {
         policy="diffusion",
         samplers={
             "DDPM-100": {"kind": "ddpm", "num_inference_steps": 100},
-            **{f"DDIM-{n}": {"num_inference_steps": n} for n in (10, 7, 4)},
+            **{f"DDIM-{n}": {"num_inference_steps": n} for n in (10, 9, 7, 4)},
         },
     ),
     "flow": Arm(
@@ -117,6 +116,9 @@ ARMS = {
         samplers={
             **FLOW_STEPS,
             **{f"{n} midpoint steps": {"num_inference_steps": n, "method": "midpoint"} for n in (2, 4)},
+            "2 late steps": {"num_inference_steps": 2, "times": (0.0, 0.7)},
+            "4 late steps": {"num_inference_steps": 4, "times": (0.0, 0.5, 0.8, 0.95)},
+            "4 later steps": {"num_inference_steps": 4, "times": (0.0, 0.7, 0.9, 0.98)},
         },
     ),
     "flow_velocity": Arm(
@@ -417,7 +419,7 @@ def table(shift: str = "clean") -> str:
             f"**{task}**, {mine[0]['n_episodes']} episodes per training seed",
             "",
             "| arm | sampler | success | 95 % | n | at end | goals left / right | against DDPM-100, points "
-            "| against MSE-BC, points | updates | forward-equivalents | ms |",
+            "| against MSE-BC, points | updates | forwards per plan / action | ms per plan / action |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name, arm in ARMS.items():
@@ -481,10 +483,13 @@ def _line(name: str, label: str, same: Sequence[Mapping[str, Any]], against: Seq
     if "goals" in same[0]:
         left, right = (sum(row["goals"][i] for row in same) / n for i in (0, 1))
         goals = f"{left:.0%} / {right:.0%}"
-    calls = statistics.fmean(row["forward_equivalents"] for row in same)
+    forwards = statistics.fmean(row["forward_equivalents"] for row in same)
+    per_plan = same[0].get("n_action_steps", 8)
+    cost = f"{forwards:.3g} / {forwards / per_plan:.2g}"
+    time_ms = "-" if ms is None else f"{ms:.2f} / {ms / per_plan:.2f}"
     return (
         f"| {name} | {label} | {hits / n:.1%} | {low:.0%}-{high:.0%} | {n} | {at_end:.1%} | {goals} | "
-        f"{against[0]} | {against[1]} | {same[0]['num_steps']} | {calls:.3g} | {'-' if ms is None else f'{ms:.2f}'} |"
+        f"{against[0]} | {against[1]} | {', '.join(str(row['num_steps']) for row in same)} | {cost} | {time_ms} |"
     )
 
 
