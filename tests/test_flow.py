@@ -19,6 +19,7 @@ from robopolicy.policies.engines import build_engine
 from robopolicy.policies.flow import FlowPolicy
 from robopolicy.rng import rand
 from robopolicy.sampling.flow import FlowSampler, clean_from_velocity, velocity_from
+from robopolicy.sampling.samplers import DDIMSampler
 from robopolicy.sampling.warm_start import FlowWarmStart, WarmStart
 from robopolicy.timing import ChunkTiming
 from robopolicy.types import Batch, Observation
@@ -122,6 +123,8 @@ def test_settings_are_checked() -> None:
         small_policy(prediction="epsilon")
     with pytest.raises(RobopolicyError, match=r"starts at time 0; the sampler's times are \[0\.5\]"):
         small_policy(sampler=FlowSampler(times=(0.5,)))
+    with pytest.raises(RobopolicyError, match="followed by a FlowSampler, not sampled by DDIMSampler"):
+        small_policy(sampler=DDIMSampler())
     with pytest.raises(RobopolicyError, match="planner=rti_flow works"):
         small_policy(warm_start=WarmStart(timesteps=(7, 0)))
 

@@ -176,17 +176,18 @@ class _Timed:
 
 
 def make_planner(cfg: DictConfig, loaded: LoadedPolicy, policy: Any, name: str, num_envs: int) -> Planner:
-    """Return the planner called `name`: ddpm_<k>, ddim_<k>, rti_<k>, or rti_adaptive.
+    """Return the planner called `name`: ddpm_<k>, ddim_<k>, flow_<k>, rti_<k>, or rti_adaptive.
 
     Raises:
         RobopolicyError: there is no such planner, or the policy cannot be sampled so.
     """
+    from robopolicy.sampling.flow import FlowSampler
     from robopolicy.sampling.samplers import DDIMSampler, DDPMSampler
 
+    samplers: Mapping[str, Any] = {"ddpm": DDPMSampler, "ddim": DDIMSampler, "flow": FlowSampler}
     kind, _, number = name.partition("_")
-    if kind in ("ddpm", "ddim") and number.isdigit():
-        sampler = (DDPMSampler if kind == "ddpm" else DDIMSampler)(num_inference_steps=int(number))
-        sampled: Any = _Sampled(policy, sampler)
+    if kind in samplers and number.isdigit():
+        sampled: Any = _Sampled(policy, samplers[kind](num_inference_steps=int(number)))
         return build_planner(FRESH, sampled, num_envs, loaded.path)
     if kind == "rti" and (number.isdigit() or number == "adaptive"):
         config = resolve_planner(cfg.planner, loaded.path)
@@ -194,12 +195,16 @@ def make_planner(cfg: DictConfig, loaded: LoadedPolicy, policy: Any, name: str, 
             config |= {"accept_below": cfg.accept_below, "resample_above": cfg.resample_above}
         elif int(number) < 2:
             raise RobopolicyError(f"{name}: a warm start needs at least two levels, its own and 0.")
+        elif "tau" in config["warm_start"]:
+            config["warm_start"] = {**config["warm_start"], "num_inference_steps": int(number)}
         else:
             top = config["warm_start"]["timesteps"][0]
             levels = [round(level) for level in np.linspace(top, 0, int(number))]
             config["warm_start"] = {**config["warm_start"], "timesteps": levels}
         return build_planner(config, policy, num_envs, loaded.path)
-    raise RobopolicyError(f"Unknown sampler {name!r}; there are ddpm_<k>, ddim_<k>, rti_<k> and rti_adaptive.")
+    raise RobopolicyError(
+        f"Unknown sampler {name!r}; there are ddpm_<k>, ddim_<k>, flow_<k>, rti_<k> and rti_adaptive."
+    )
 
 
 def _planned(cfg: DictConfig, loaded: LoadedPolicy, policy: Any, engine: str, sampler: str) -> Contender:

@@ -215,7 +215,9 @@ def _level(time: Tensor) -> Tensor:
     return LEVELS * (1.0 - time)
 
 
-def _check_sampler(sampler: FlowSampler) -> None:
+def _check_sampler(sampler: Any) -> None:
+    if not isinstance(sampler, FlowSampler):
+        raise RobopolicyError(f"A flow is followed by a FlowSampler, not sampled by {type(sampler).__name__}.")
     if sampler.steps[0][0] != 0.0:
         raise RobopolicyError(
             f"A chunk from pure noise starts at time 0; the sampler's times are {list(sampler.times or ())}."
