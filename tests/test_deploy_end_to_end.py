@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,15 @@ from made_up_time import Clock, DelayedRobot, play
 from scripted_planner import ScriptedPlanner, joint_spec, stay
 
 from robopolicy.app.deploy_play import signals
+from robopolicy.deploy.commands import between
 from robopolicy.deploy.faults import Faults
+from robopolicy.deploy.kinematics import CHAINS
 from robopolicy.deploy.remote import RemoteRobot
 from robopolicy.deploy.robot import RobotFile
 from robopolicy.deploy.session import Session
 from robopolicy.deploy.sim_robot import SimRobot
 from robopolicy.deploy.sim_server import Quirks, RosbridgeServer
+from robopolicy.types import Observation
 
 ZOO = Path(__file__).parents[1] / "checkpoints" / "zoo" / "pick_cube-diffusion"
 
@@ -42,9 +46,10 @@ class Deployed:
         port: int = 0,
         blocking: bool = False,
         state_age_s: float = 30.0,
+        command: Mapping[str, Any] = MappingProxyType({}),
         **faults: Any,
     ) -> None:
-        data = robot_data()
+        data = robot_data(**command)
         data["watchdogs"]["state_age_s"] = state_age_s
         self.file = RobotFile.from_dict(data)
         self.faults = Faults()
@@ -133,6 +138,42 @@ def test_an_arm_of_either_ros_is_driven_whatever_order_its_joints_come_in(
     np.testing.assert_allclose(on.arm.arm.accepted[-1].positions, HOME, atol=1e-3)
     assert on.arm.arm.accepted[-1].points >= 2  # ends at rest: silence means stop
     assert on.arm.arm.refused == 0
+
+
+INTERFACES = {
+    "trajectory": {},
+    "action": {"interface": "follow_joint_trajectory", "topic": "/panda_arm_controller/follow_joint_trajectory"},
+    "forward": {"interface": "forward_position", "topic": "/panda_arm_controller/commands"},
+    "servo": {"interface": "servo_twist", "topic": "/servo_node/delta_twist_cmds", "frame": "panda_link0"},
+}
+
+
+@pytest.mark.parametrize("dialect", ["ros1", "ros2"])
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_a_session_moves_and_stops_an_arm_over_every_interface(
+    deployed: Callable[..., Deployed], interface: str, dialect: str
+) -> None:
+    on = deployed(dialect=dialect, command=INTERFACES[interface])
+    goal = HOME + np.array([0.15, 0.05, 0.0, 0.05, 0.0, 0.0, 0.0])
+
+    def towards(obs: Observation, call: int) -> torch.Tensor:
+        left = torch.as_tensor(goal) - obs.modalities["proprio"][0, -1, :7]
+        return (left.clamp(-0.02, 0.02) / 0.1).float().expand(16, 7).clone()  # of 0.1 rad per period
+
+    on.planner.say = towards
+    on.begin()
+    wanted = CHAINS["panda"].forward(goal)
+    tool = lambda: CHAINS["panda"].forward(on.arm.sim.position()[:7])  # noqa: E731
+    until(lambda: abs(between(tool(), wanted)).max() < 0.02 or on.session.stopped.is_set())
+    assert on.session.stop_reason == ""
+    assert on.arm.arm.refused == 0, on.arm.arm.why_refused
+    assert on.session.loop.safety.counts.rejections == dict.fromkeys(on.session.loop.safety.counts.rejections, 0)
+    on.session.stop("enough")
+    steps = on.arm.sim.physics_steps
+    until(lambda: on.arm.sim.physics_steps > steps + 50)
+    rest = on.arm.sim.position()
+    until(lambda: on.arm.sim.physics_steps > steps + 100)
+    np.testing.assert_allclose(on.arm.sim.position(), rest, atol=1e-9)
 
 
 @pytest.mark.parametrize(("fault", "value"), [("half_dead", True), ("silent", True), ("nan_joint", "panda_joint3")])

@@ -363,6 +363,24 @@ def test_a_twist_is_what_the_tool_does() -> None:
     assert stop.message["twist"]["linear"] == {"x": 0.0, "y": 0.0, "z": 0.0}
 
 
+def test_a_twist_leads_the_tool_back_to_where_it_should_be() -> None:
+    file, chain = robot(interface="servo_twist", topic="/servo", frame="panda_link0"), CHAINS["panda"]
+    at = HOME + 0.02
+    interface = build_interface(file, lambda: 12.0, lambda: at)
+    for _ in range(800):  # an arm that does what it is told, told to stand at HOME
+        sent = interface.command(HOME, np.zeros(7), "ros2")
+        assert isinstance(sent, Publish)
+        linear, angular = (np.array(list(sent.message["twist"][part].values())) for part in ("linear", "angular"))
+        assert np.linalg.norm(linear) <= 0.05 + 1e-9
+        assert np.linalg.norm(angular) <= 0.25 + 1e-9
+        at = chain.moved(at, 0.01 * np.concatenate([linear, angular]))
+    far = commands.between(chain.forward(at), chain.forward(HOME))
+    assert abs(far).max() < 1e-3
+    (fast,) = [interface.command(HOME, np.full(7, 100.0), "ros2")]
+    assert isinstance(fast, Publish)
+    assert np.linalg.norm(list(fast.message["twist"]["linear"].values())) == pytest.approx(file.safety.tcp_speed_m_s)
+
+
 def test_the_gripper_is_told_what_its_messages_mean() -> None:
     gripper = robot().gripper
     assert gripper is not None

@@ -5,12 +5,13 @@
 | joint_trajectory | JointTrajectory: the command, then rest | the arm brakes to rest | a trajectory to rest |
 | follow_joint_trajectory | the same as a goal (action, ROS 1: topic) | the same | cancel and a trajectory to rest |
 | forward_position | Float64MultiArray, bare numbers | the last position holds | the last position again |
-| servo_twist | TwistStamped in the base frame | Servo's own timeout halts | zero twist |
+| servo_twist | TwistStamped in the base frame, leading back to the way | Servo's own timeout halts | zero twist |
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,10 +25,14 @@ from .messages import Dialect, Message
 from .robot import Gripper, RobotFile
 
 Clock = Callable[[], float]
+Measured = Callable[[], Floats | None]
+"""Where the arm is, [J]; None where that is not known."""
 
 SHORTEST_BRAKE_S, LONGEST_BRAKE_S = 0.05, 0.5
 COMMAND_LASTS_S = 0.5
 """An arm that was commanded so recently still moves as commanded, or slower."""
+CATCH_UP_PER_S, MOST_CATCH_UP_M_S, MOST_CATCH_UP_RAD_S = 1.0, 0.05, 0.25
+"""Velocities add up to no place by themselves: by how much a twist leads the tool back to where it should be."""
 TRAJECTORY_GOAL = "control_msgs/FollowJointTrajectory"
 GRIPPER_GOAL = "control_msgs/GripperCommand"
 
@@ -65,7 +70,7 @@ class Interface(Protocol):
 class JointTrajectory:
     """Short trajectories on a topic, each replacing the one before."""
 
-    def __init__(self, robot: RobotFile, clock: Clock) -> None:
+    def __init__(self, robot: RobotFile, clock: Clock, measured: Measured) -> None:
         self._robot, self._topic, self._clock = robot, robot.command.topic, clock
         self._joints = robot.command.joints or robot.joints
         self._order = [robot.joints.index(name) for name in self._joints]
@@ -128,8 +133,8 @@ class FollowJointTrajectory(JointTrajectory):
     does not hear a cancel.
     """
 
-    def __init__(self, robot: RobotFile, clock: Clock) -> None:
-        super().__init__(robot, clock)
+    def __init__(self, robot: RobotFile, clock: Clock, measured: Measured) -> None:
+        super().__init__(robot, clock, measured)
         self._action = robot.command.topic
         self._controller = self._action.removesuffix("/follow_joint_trajectory")
 
@@ -152,7 +157,7 @@ class FollowJointTrajectory(JointTrajectory):
 class ForwardPosition:
     """Bare positions in the controller's order: no time stamp, no timeout, the last value holds for ever."""
 
-    def __init__(self, robot: RobotFile, clock: Clock) -> None:
+    def __init__(self, robot: RobotFile, clock: Clock, measured: Measured) -> None:
         self._topic = robot.command.topic
         self._order = [robot.joints.index(name) for name in robot.command.joints or robot.joints]
         self._reach = robot.safety.following_error_rad
@@ -176,21 +181,28 @@ class ForwardPosition:
 class ServoTwist:
     """Velocities of the tool centre for MoveIt Servo (`command_in_type: speed_units`), in the frame of the base."""
 
-    def __init__(self, robot: RobotFile, clock: Clock) -> None:
+    def __init__(self, robot: RobotFile, clock: Clock, measured: Measured) -> None:
         self._topic, self._frame, self._clock = robot.command.topic, robot.command.frame, clock
-        self._chain, self._dt_s = find_chain(robot.kinematics), 1e-4
+        self._chain, self._measured = find_chain(robot.kinematics), measured
+        self._fastest_m_s = robot.safety.tcp_speed_m_s
+        self._way: deque[Floats] = deque(maxlen=1 + round(robot.arm_lag_s * robot.command.rate_hz))
+        """Poses that were wanted of late; the arm should now be at the first."""
 
     def topics(self, dialect: Dialect) -> Mapping[str, str]:
         return {self._topic: messages.TWIST}
 
     def command(self, position: Floats, velocity: Floats, dialect: Dialect) -> Publish | Goal:
-        before = self._chain.forward(position)
-        after = self._chain.forward(position + velocity * self._dt_s)
-        return self._publish(
-            np.concatenate([after[:3] - before[:3], turn(before[3:], after[3:])]) / self._dt_s, dialect
-        )
+        self._way.append(self._chain.forward(position))
+        twist = self._chain.jacobian(position) @ velocity
+        if (measured := self._measured()) is not None:
+            back = CATCH_UP_PER_S * between(self._chain.forward(measured), self._way[0])
+            twist[:3] += shortened(back[:3], MOST_CATCH_UP_M_S)
+            twist[3:] += shortened(back[3:], MOST_CATCH_UP_RAD_S)
+        twist[:3] = shortened(twist[:3], self._fastest_m_s)
+        return self._publish(twist, dialect)
 
     def stop(self, position: Floats | None, velocity: Floats | None, dialect: Dialect) -> Sequence[Publish]:
+        self._way.clear()
         return (self._publish(np.zeros(6), dialect),)
 
     def _publish(self, twist: Floats, dialect: Dialect) -> Publish:
@@ -207,9 +219,9 @@ INTERFACES: dict[str, type[JointTrajectory] | type[ForwardPosition] | type[Servo
 """`command.interface` of a robot file to its class."""
 
 
-def build_interface(robot: RobotFile, clock: Clock = time.time) -> Interface:
+def build_interface(robot: RobotFile, clock: Clock = time.time, measured: Measured = lambda: None) -> Interface:
     """Return the command interface that `robot` names; `clock` tells the robot's time, for stamps."""
-    return INTERFACES[robot.command.interface](robot, clock)
+    return INTERFACES[robot.command.interface](robot, clock, measured)
 
 
 def gripper_goal(gripper: Gripper, width_m: float, dialect: Dialect, now_s: float) -> Publish | Goal:
@@ -238,6 +250,17 @@ def ros1_cancel(action: str, dialect: Dialect) -> tuple[Publish, ...]:
     if dialect == "ros2":
         return ()
     return (Publish(topic=f"{action}/cancel", message={"stamp": messages.time_fields(0.0, dialect), "id": ""}),)
+
+
+def between(before: Floats, after: Floats) -> Floats:
+    """Return the way [6] (base frame) from the pose `before` to `after`: metres, and a rotation vector."""
+    return np.concatenate([after[:3] - before[:3], turn(before[3:], after[3:])])
+
+
+def shortened(vector: Floats, most: float) -> Floats:
+    """Return `vector`, not longer than `most`."""
+    length = float(np.linalg.norm(vector))
+    return vector * (most / length) if length > most else vector
 
 
 def turn(before: Floats, after: Floats) -> Floats:

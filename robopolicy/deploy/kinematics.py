@@ -37,6 +37,22 @@ class Chain:
         forward(self.origins, self.rolls, self.tool_yaw, np.ascontiguousarray(position, np.float64), out)
         return out
 
+    def jacobian(self, position: Floats) -> Floats:
+        """Return [6, J]: velocity (m/s) and turn (rad/s) of the tool centre per joint velocity, in the base's frame."""
+        count = len(position)
+        axes, points = np.empty((count, 3)), np.empty((count, 3))
+        _axes(self.origins, self.rolls, np.ascontiguousarray(position, np.float64), axes, points)
+        return np.concatenate([np.cross(axes, self.forward(position)[:3] - points), axes], axis=1).T
+
+    def moved(self, position: Floats, way: Floats) -> Floats:
+        """Return `position` [J] after the tool went the short `way` [6] (m, rad), by damped least squares.
+
+        Unlike `inverse`, which is content within its tolerance, it also goes ways of a few micrometres.
+        """
+        jacobian = self.jacobian(position)
+        damped = jacobian @ jacobian.T + DAMPING * np.eye(6)
+        return position + jacobian.T @ np.linalg.solve(damped, way)
+
     def inverse(self, pose: Floats, start: Floats) -> tuple[Floats, bool]:
         """Return joint positions [J] that reach `pose` [7] from `start` [J], and whether they do.
 

@@ -87,7 +87,7 @@ class RemoteRobot:
         self._streams = {name: StreamTable(name, robot) for name in streams}
         self._joints = JointTable(robot)
         self._clock = ClockOffset()
-        self._interface = build_interface(robot, self.robot_time_s)
+        self._interface = build_interface(robot, self.robot_time_s, self._position)
         self._dialect, self._commands = dialect, commands
         self._thread: BridgeThread | None = None
         self._sockets: dict[str, Socket] = {}
@@ -235,6 +235,9 @@ class RemoteRobot:
     # ---- contract.Robot ----------------------------------------------------------------------------------------------
     def state(self) -> RobotState | None:
         return self._joints.newest
+
+    def _position(self) -> Floats | None:
+        return None if self._joints.newest is None else self._joints.newest.position
 
     def states(self) -> Sequence[RobotState]:
         return self._joints.recent()

@@ -167,7 +167,7 @@ class ArmController:
             if now_s - began_s > (self._timeout_s or 0.1):
                 self._twist = None
             elif last_s is not None:
-                self._desired = _moved(self._chain, self._desired, twist, now_s - last_s)
+                self._desired = self._chain.moved(self._desired, twist * (now_s - last_s))
         elif self._knots:
             self._desired, self._velocity = _interpolate(self._knots, now_s)
             end_s = self._knots[-1][0]
@@ -228,24 +228,6 @@ def _interpolate(knots: Sequence[tuple[float, Floats, Floats | None]], now_s: fl
     d0, d1 = v0 * width, v1 * width
     a, b = 2 * (p0 - p1) + d0 + d1, 3 * (p1 - p0) - 2 * d0 - d1
     return ((a * u + b) * u + d0) * u + p0, ((3 * a * u + 2 * b) * u + d0) / width
-
-
-def _moved(chain: Chain, position: Floats, twist: Floats, dt_s: float) -> Floats:
-    """Return the joints after the tool moved with `twist` [6] for `dt_s`; unchanged where that cannot be reached."""
-    pose = chain.forward(position)
-    pose[:3] += twist[:3] * dt_s
-    half = 0.5 * dt_s * twist[3:]
-    w, x, y, z = pose[3:]
-    turned = np.array([w, x, y, z]) + np.array(
-        [
-            -half[0] * x - half[1] * y - half[2] * z,
-            half[0] * w + half[1] * z - half[2] * y,
-            half[1] * w + half[2] * x - half[0] * z,
-            half[2] * w + half[0] * y - half[1] * x,
-        ]
-    )
-    pose[3:] = turned / np.linalg.norm(turned)
-    return chain.inverse(pose, position)[0]
 
 
 class GripperController:
