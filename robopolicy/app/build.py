@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from robopolicy.errors import RobopolicyError
+from robopolicy.evaluation.results import sha256
 from robopolicy.policies.base import Policy
 from robopolicy.policies.planners import Planner
 from robopolicy.types import TaskSpec
@@ -26,8 +27,8 @@ from robopolicy.types import TaskSpec
 PARTS = ("robopolicy.policies", "robopolicy.nn", "robopolicy.sampling", "robopolicy.timing")
 """Where a policy config may take its parts from; these and the modules inside them."""
 
-DEFAULT_TIMESTEPS = (20, 10, 3, 0)
-"""Levels of a warm start for a checkpoint that was not calibrated; see docs/rti.md."""
+UNCALIBRATED = {"timesteps": [20, 10, 3, 0], "tau": 0.6, "num_inference_steps": 3}
+"""What a warm start's settings that are null become for a checkpoint that was not calibrated; see docs/rti.md."""
 
 
 def build_policy(config: Mapping[str, Any] | DictConfig, spec: TaskSpec) -> Policy:
@@ -63,8 +64,7 @@ def build_policy(config: Mapping[str, Any] | DictConfig, spec: TaskSpec) -> Poli
 def build_planner(config: Mapping[str, Any] | DictConfig, policy: Policy, num_envs: int, folder: Path) -> Planner:
     """Return the planner that `config` (a choice of configs/planner) describes.
 
-    `warm_start.timesteps: null` is filled in by `folder`/calibration.json where there is one, else by
-    DEFAULT_TIMESTEPS.
+    What is null in its warm start is filled in by `folder`/calibration.json where there is one, else by UNCALIBRATED.
 
     Args:
         policy: what plans; an engine around a policy will do.
@@ -72,7 +72,8 @@ def build_planner(config: Mapping[str, Any] | DictConfig, policy: Policy, num_en
         folder: of the checkpoint, for what a planner keeps beside the weights.
 
     Raises:
-        RobopolicyError: a target is no part of the library, or a constructor refuses its arguments; names the key.
+        RobopolicyError: a target is no part of the library, or a constructor refuses its arguments; names the key. Or
+            the calibration cannot be read, or is of other weights.
     """
     plain = resolve_planner(config, folder)
     for key, value in _leaves(plain, "planner"):
@@ -97,22 +98,37 @@ def resolve_planner(config: Mapping[str, Any] | DictConfig, folder: Path) -> dic
     if not isinstance(plain, dict) or "_target_" not in plain:
         raise RobopolicyError(f"A planner config needs a _target_, the class to build; got {plain!r:.200}.")
     warm_start = plain.get("warm_start")
-    if isinstance(warm_start, Mapping) and "timesteps" in warm_start and warm_start["timesteps"] is None:
-        plain["warm_start"] = {**warm_start, "timesteps": _calibrated(folder)}
+    if isinstance(warm_start, Mapping):
+        missing = [name for name in UNCALIBRATED if name in warm_start and warm_start[name] is None]
+        if missing:
+            known = _calibration(folder)
+            plain["warm_start"] = {**warm_start, **{name: known.get(name, UNCALIBRATED[name]) for name in missing}}
     return plain  # type: ignore[return-value]
 
 
-def _calibrated(folder: Path) -> list[int]:
+def _calibration(folder: Path) -> dict[str, Any]:
+    """Return the warm start that was calibrated for the weights in `folder`; nothing if none was.
+
+    Raises:
+        RobopolicyError: calibration.json cannot be read, or is of other weights.
+    """
     file = folder / "calibration.json"
     if not file.is_file():
-        return list(DEFAULT_TIMESTEPS)
+        return {}
+    without = "planner.warm_start.timesteps=[20,10,3,0] (a flow: tau=0.6) does without"
     try:
-        found = json.loads(file.read_bytes())["timesteps"]
-        return [int(level) for level in found]
+        found = json.loads(file.read_bytes())
+        warm_start, weights = dict(found["warm_start"]), str(found["weights_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise RobopolicyError(
-            f"{file} cannot be read: {error!r}. planner.warm_start.timesteps=[...] does without."
+            f"{file} cannot be read: {error!r}. `robopolicy calibrate` writes it anew; {without}."
         ) from error
+    if weights != sha256(folder / "model.safetensors"):
+        raise RobopolicyError(
+            f"{file} was made for other weights than those in {folder / 'model.safetensors'}. `robopolicy calibrate "
+            f"checkpoint={folder}` makes it anew; {without}."
+        )
+    return warm_start
 
 
 def _require_part(key: str, target: Any) -> type | FunctionType:

@@ -29,7 +29,19 @@ from typing import IO, Any
 from robopolicy import __version__
 from robopolicy.errors import RobopolicyError, UnknownNameError
 
-VERBS = ("doctor", "collect", "train", "eval", "compare", "bench", "report", "export", "deploy", "simrobot")
+VERBS = (
+    "doctor",
+    "collect",
+    "train",
+    "eval",
+    "compare",
+    "calibrate",
+    "bench",
+    "report",
+    "export",
+    "deploy",
+    "simrobot",
+)
 """In the order in which a new user meets them; each is robopolicy/app/<verb>.py with configs/<verb>.yaml."""
 
 POSITIONAL = {"compare": "policies", "bench": "what"}

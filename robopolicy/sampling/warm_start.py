@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,3 +178,40 @@ def relabel_steps(schedule: NoiseSchedule, prediction: Prediction, levels: tuple
     bars = (*schedule.alpha_bar, 1.0)  # the last stands before the first: level 0 goes to the clean chunk
     listed: Sequence[int] = check_timesteps(schedule, levels)
     return tuple(posterior_step(prediction, level, bars[level], bars[level - 1]) for level in listed)
+
+
+def surviving_share(signal: float, sigma: float, spread: float, *, deterministic: bool = False) -> float:
+    """Return the share of a guess's error that a restart at `signal` * guess + `sigma` * noise leaves.
+
+    Exact for the best network of a Gaussian posterior of standard deviation `spread`: for a chain of posterior steps
+    whatever its list, and, if `deterministic`, in the limit of fine steps of DDIM or of a flow.
+    """
+    kept = signal**2 * spread**2
+    if kept == 0.0:
+        return 0.0
+    share = kept / (kept + sigma**2)
+    return float(share**0.5) if deterministic else share
+
+
+def switch_probability(
+    signal: float, sigma: float, half_gap: float, spread: float, *, weight: float = 0.5, start: Start = "renoise"
+) -> float:
+    """Return how likely a restart from one of two modes ends in the other; the chain draws noise at every step.
+
+    Args:
+        signal, sigma: of the level at which it restarts.
+        half_gap, spread: the modes are Gaussians of standard deviation `spread` at -half_gap (the guess) and half_gap.
+        weight: posterior probability of the other mode, in (0, 1).
+        start: raw, scaled or renoise.
+    """
+    if not 0.0 < weight < 1.0:
+        raise ValueError(f"The weight of the other mode must be in (0, 1); got {weight}.")
+    variance = signal**2 * spread**2 + sigma**2
+    if variance == 0.0:
+        return 0.0
+    where = {"raw": -half_gap, "scaled": -signal * half_gap, "renoise": -signal * half_gap}[start]
+    noise = np.linspace(-8.0, 8.0, 1601) if start == "renoise" else np.zeros(1)
+    density = np.exp(-(noise**2) / 2)
+    x = where + variance**0.5 * noise
+    log_odds = np.log(weight / (1 - weight)) + 2 * signal * half_gap * x / variance
+    return float((density / (1 + np.exp(-np.clip(log_odds, -700, 700)))).sum() / density.sum())
