@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fakes import fake_spec
+from fakes import fake_observation, fake_spec, fit_to_bounds
 from torch import Tensor
 
 from robopolicy.errors import RobopolicyError, UnknownNameError
+from robopolicy.nn.encoder import ObservationEncoder
+from robopolicy.nn.mlp import ChunkMLP
+from robopolicy.policies.actors import ChunkActor
+from robopolicy.policies.diffusion import DiffusionPolicy
 from robopolicy.policies.warm_start import WarmStartPlanner
 from robopolicy.rng import Rng, randn
-from robopolicy.sampling.samplers import run_steps
+from robopolicy.sampling.samplers import DDPMSampler, run_steps
 from robopolicy.sampling.schedule import NoiseSchedule
-from robopolicy.sampling.warm_start import WarmStart
+from robopolicy.sampling.warm_start import WarmStart, surviving_share, switch_probability
 from robopolicy.timing import ChunkTiming
 from robopolicy.types import Observation
 
@@ -74,10 +79,10 @@ def test_relabelling_keeps_more_than_the_posterior(timesteps: Any, share: float)
 
 @pytest.mark.parametrize("stepper", ["ddpm_posterior", "ddpm_relabel"])
 def test_a_point_mass_forgets_every_error_with_its_own_betas_and_not_with_the_released_ones(stepper: Any) -> None:
-    timesteps = (3, 1, 0)
-    assert surviving(WarmStart(timesteps=timesteps, stepper=stepper), 0.0) == pytest.approx(0.0, abs=1e-9)
-    released = WarmStart(timesteps=timesteps, stepper="ddpm_relabel", betas="released_default")
-    assert surviving(released, 0.0) == pytest.approx(0.29, abs=0.01)
+    for timesteps, share in (((2, 1, 0), 0.27), ((3, 1, 0), 0.29), ((5, 3, 1, 0), 0.24), ((7, 5, 3, 1, 0), 0.21)):
+        assert surviving(WarmStart(timesteps=timesteps, stepper=stepper), 0.0) == pytest.approx(0.0, abs=1e-9)
+        released = WarmStart(timesteps=timesteps, stepper="ddpm_relabel", betas="released_default")
+        assert surviving(released, 0.0) == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize("timesteps", [(7, 3, 0), (20, 10, 3, 0)])
@@ -88,6 +93,95 @@ def test_ddim_keeps_the_product_of_its_steps(timesteps: Any) -> None:
         clean, noise = math.sqrt(here) * std**2, math.sqrt(1 - here)
         share *= (math.sqrt(there) * clean + math.sqrt(1 - there) * noise) / (here * std**2 + 1 - here)
     assert surviving(WarmStart(timesteps=timesteps, stepper="ddim"), std) == pytest.approx(share, abs=1e-9)
+
+
+@pytest.mark.parametrize("std", [0.0, 0.05, 0.3])
+def test_surviving_share_is_what_survives(std: float) -> None:
+    """Of a guess's error, which a start scales by the signal first."""
+    for top in (3, 20):
+        bar = SCHEDULE.alpha_bar[top]
+        signal, sigma = bar**0.5, (1 - bar) ** 0.5
+        kept = signal * surviving(WarmStart(timesteps=(top, 1, 0)), std)
+        assert surviving_share(signal, sigma, std) == pytest.approx(kept, abs=1e-9)
+        if std > 0.1:  # then a hundred levels are fine steps
+            fine = WarmStart(timesteps=tuple(range(top, -1, -1)), stepper="ddim")
+            limit = surviving_share(signal, sigma, std, deterministic=True)
+            assert limit == pytest.approx(signal * surviving(fine, std), rel=0.02)
+
+
+def ticks(warm: WarmStart, std: float, *, rows: int, num: int, noise: bool) -> Tensor:
+    """The chunks [rows, 1, 1] after `num` refinements in a row at one observation."""
+    generator = torch.Generator().manual_seed(0)
+    steps = warm.steps(SCHEDULE, "epsilon")
+    if not noise:
+        steps = tuple(step._replace(noise_std=0.0) for step in steps)
+    x = torch.full((rows, 1, 1), MEAN + 2 * std, dtype=torch.float64)
+    for _ in range(num):
+        x = run_steps(
+            noise_of(std), warm.begin(x, SCHEDULE, generator=generator), steps, clip=False, generator=generator
+        )
+    return x
+
+
+@pytest.mark.parametrize("top", [3, 20])
+def test_ticks_at_one_observation_are_biased_by_a_raw_start_alone(top: int) -> None:
+    std, signal = 0.3, SCHEDULE.alpha_bar[top] ** 0.5
+    bias = signal * std**2 / (1 + signal - signal * std**2)
+    for start, wanted in (("raw", MEAN * (1 + bias)), ("scaled", MEAN)):
+        warm = WarmStart(timesteps=(top, 1, 0), start=start)  # type: ignore[arg-type]
+        settled = ticks(warm, std, rows=1, num=400, noise=False)
+        assert float(settled) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_renoised_ticks_keep_most_of_the_spread_and_raw_ones_less() -> None:
+    std = 0.3
+    for start, low, high in (("renoise", 0.73, 0.94), ("raw", 0.40, 0.83)):
+        warm = WarmStart(timesteps=(20, 10, 3, 0), start=start)  # type: ignore[arg-type]
+        found = ticks(warm, std, rows=4000, num=60, noise=True)
+        assert low - 0.03 <= float(found.std()) / std <= high + 0.03
+        if start == "renoise":
+            assert float(found.mean()) == pytest.approx(MEAN, abs=0.015)
+
+
+SWITCHES = [(7, 2e-4, 0.0), (15, 0.047, 8e-4), (20, 0.115, 0.014), (28, 0.225, 0.097), (40, 0.343, 0.253)]
+
+
+@pytest.mark.parametrize(("top", "renoised", "raw"), SWITCHES)
+def test_how_often_a_refinement_changes_between_two_modes(top: int, renoised: float, raw: float) -> None:
+    bar = SCHEDULE.alpha_bar[top]
+    at = bar**0.5, (1 - bar) ** 0.5
+    assert switch_probability(*at, 0.5, 0.02) == pytest.approx(renoised, abs=1e-3)
+    assert switch_probability(*at, 0.5, 0.02, start="raw") == pytest.approx(raw, abs=6e-4)
+
+
+@pytest.mark.parametrize("top", [20, 40])
+def test_a_chain_between_two_modes_changes_as_often_as_the_law_says(top: int) -> None:
+    half_gap, std, bars = 0.5, 0.02, torch.tensor(SCHEDULE.alpha_bar, dtype=torch.float64)
+
+    def field(x: Tensor, level: Tensor) -> Tensor:  # the noise that two Gaussians at -half_gap and half_gap ask for
+        bar = bars[level][:, None, None]
+        variance = bar * std**2 + 1 - bar
+        ends = [(x - sign * bar.sqrt() * half_gap) / variance for sign in (-1, 1)]
+        weight = torch.sigmoid(2 * bar.sqrt() * half_gap * x / variance)
+        return (1 - bar).sqrt() * ((1 - weight) * ends[0] + weight * ends[1])
+
+    generator = torch.Generator().manual_seed(0)
+    warm = WarmStart(timesteps=tuple(range(top, -1, -1)))
+    guess = -half_gap + std * torch.randn(10_000, 1, 1, generator=generator, dtype=torch.float64)
+    start = warm.begin(guess, SCHEDULE, generator=generator)
+    found = run_steps(field, start, warm.steps(SCHEDULE, "epsilon"), clip=False, generator=generator)
+    bar = SCHEDULE.alpha_bar[top]
+    law = switch_probability(bar**0.5, (1 - bar) ** 0.5, half_gap, std)
+    assert float((found > 0).double().mean()) == pytest.approx(law, abs=0.02)
+
+
+def test_a_gripper_changes_ends_in_few_steps_if_it_is_scaled() -> None:
+    bar = SCHEDULE.alpha_bar[3]
+    at = bar**0.5, (1 - bar) ** 0.5
+    assert switch_probability(*at, 0.1, 0.005, weight=0.99, start="raw") == pytest.approx(0.72, abs=0.01)
+    assert 0.45 < switch_probability(*at, 0.1, 0.005, weight=0.99) < 0.86
+    for start in ("raw", "renoise"):
+        assert switch_probability(*at, 1.0, 0.005, weight=0.99, start=start) < 1e-12  # type: ignore[arg-type]
 
 
 def test_starts_are_what_they_say() -> None:
@@ -212,3 +306,116 @@ def test_a_guess_too_old_is_planned_anew() -> None:
     plan(planner, [0], [5], [5.0], noise)
     assert planner.diagnostics["resampled"].tolist() == [1]
     assert planner.totals["network_calls"] == 20
+
+
+class Time(Clock):
+    """Its action is the time, and refining leaves a guess as it is: what is executed shows where a guess is."""
+
+    def act(self, obs: Observation, *, generator: Rng = None) -> Tensor:
+        now = obs.modalities["proprio"][:, -1, :1, None]
+        steps = torch.arange(self.timing.horizon) - self.timing.now
+        return (now + steps[:, None]).expand(-1, -1, self.spec.action.dim)
+
+    def refine(self, obs: Observation, guess: Tensor, *, generator: Rng = None) -> tuple[Tensor, Tensor]:
+        return guess, guess
+
+
+@pytest.mark.parametrize("n_action_steps", [1, 2, 4])
+def test_the_action_of_each_step_is_executed_at_it(n_action_steps: int) -> None:
+    planner = WarmStartPlanner(Time(), 2, tail_delta="extrapolate", n_action_steps=n_action_steps)  # type: ignore[arg-type]
+    actor = ChunkActor(planner, 2)
+    for step in range(12):
+        frame = {name: value[:, -1] for name, value in seen(float(step), float(step)).modalities.items()}
+        assert actor(frame)[:, :-1].unique().tolist() == [step]  # the last dimension is a gripper
+    assert planner.totals["fresh"] == 2
+
+
+def real_policy() -> DiffusionPolicy:
+    torch.manual_seed(0)
+    policy = DiffusionPolicy(
+        fake_spec(),
+        timing=TIMING,
+        network=partial(ChunkMLP, width=16, depth=1, cond_width=8),
+        encoder=ObservationEncoder,
+        schedule=NoiseSchedule(num_train_timesteps=20),
+        sampler=DDPMSampler(num_inference_steps=5),
+        warm_start=WarmStart(timesteps=(9, 4, 0)),
+    )
+    for parameter in policy.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    fit_to_bounds(policy.norm, policy.spec)
+    return policy.eval().requires_grad_(False)
+
+
+def test_interleaved_resets_of_a_real_network_equal_separate_rollouts() -> None:
+    policy, source = real_policy(), torch.Generator().manual_seed(0)
+    frames = [
+        {n: v[:, 0] for n, v in fake_observation(policy.spec, 3, 2, source).modalities.items()} for _ in range(12)
+    ]
+    starts = {0: (0, 5), 1: (0, 3, 9), 2: (0,)}  # steps at which each row's episodes begin
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(row) for row in range(3)]
+
+    together, noise, played = ChunkActor(WarmStartPlanner(policy, 3), 3), generators(), []
+    for step, frame in enumerate(frames):
+        together.reset(torch.tensor([step in starts[row] for row in range(3)]))
+        played.append(together(frame, generator=noise))
+    for row, own in enumerate(generators()):
+        alone = ChunkActor(WarmStartPlanner(policy, 1), 1)
+        for step, frame in enumerate(frames):
+            if step in starts[row]:
+                alone.reset()
+            action = alone({name: value[row : row + 1] for name, value in frame.items()}, generator=[own])
+            torch.testing.assert_close(action[0], played[step][row], atol=1e-5, rtol=0)
+
+
+def test_network_calls_are_counted_as_they_are_made() -> None:
+    policy, source = real_policy(), torch.Generator().manual_seed(0)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    policy.network.denoise = lambda *given, _denoise=policy.network.denoise: (count(), _denoise(*given))[1]  # type: ignore[union-attr]
+    planner = WarmStartPlanner(policy, 1)
+    for step in range(6):
+        if step == 4:
+            planner.reset()
+        obs = fake_observation(policy.spec, 1, 2, source)
+        planner(obs, torch.tensor([0]), shift=torch.tensor([1]), generator=source)
+    assert calls == planner.totals["network_calls"] == 2 * 5 + 4 * 3
+    assert planner.totals["warm"] == 4
+
+
+def test_weights_of_another_schedule_are_refused() -> None:
+    policy = real_policy()
+    for other in (
+        {"num_train_timesteps": 100},
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "linear", "beta_end": 0.1},
+    ):
+        with pytest.raises(RobopolicyError, match="trained on the noise schedule"):
+            policy.check_saved({"schedule": {"num_train_timesteps": 20, **other}, "prediction": "epsilon"})
+    policy.check_saved({"schedule": {"num_train_timesteps": 20}})
+
+
+def test_a_callers_chunk_survives_the_next_plan() -> None:
+    """Planners hand out what they go on from, and never write into it."""
+    planner, noise = WarmStartPlanner(Clock(), 2), [torch.Generator().manual_seed(i) for i in range(2)]  # type: ignore[arg-type]
+    first = plan(planner, [0, 1], [0, 0], [0.0, 0.0], noise)
+    kept = first.clone()
+    for rows in ([0], [0, 1], [1]):
+        plan(planner, rows, [1] * len(rows), [1.0] * len(rows), noise)
+        assert torch.equal(first, kept)
+
+
+def test_disagreement_is_told_of_warm_rows_alone() -> None:
+    planner, noise = WarmStartPlanner(Clock(), 2), [torch.Generator().manual_seed(i) for i in range(2)]  # type: ignore[arg-type]
+    plan(planner, [0], [0], [0.0], noise)
+    plan(planner, [0, 1], [1, 1], [1.0, 1.0], noise)
+    said = planner.diagnostics
+    assert set(said) == {"network_calls", "warm", "resampled", "disagreement"}
+    assert said["disagreement"].isnan().tolist() == [False, True]
+    assert float(said["disagreement"][0]) == 0.0  # Clock's first estimate is its guess
