@@ -157,6 +157,19 @@ ARMS = {
 }
 
 
+PAIRS = (
+    (("ebt", "4 steps"), ("diffusion", "DDIM-9")),
+    (("ebt", "4 steps"), ("flow", "8 steps")),
+    (("flow", "8 steps"), ("diffusion", "DDPM-100")),
+    (("flow", "8 steps"), ("mse_bc", "-")),
+    (("ebt", "best of 5, 4 steps"), ("ebt", "4 steps")),
+    (("ebt", "1 step from the last chunk"), ("ebt", "1 steps, every tick")),
+    (("ebt", "2 steps from the last chunk"), ("ebt", "2 steps, every tick")),
+    (("ebt", "2 steps from the last chunk"), ("ebt", "4 steps")),
+    (("ebt_score", "best of 5, 8 steps"), ("ebt_score", "8 steps")),
+)
+"""Arms and samplers whose paired difference is asked for."""
+
 EARLY_PLANS = 3
 """Plans of an episode, 24 control steps, from which its end is foretold: most failures come later."""
 
@@ -434,6 +447,20 @@ def table(shift: str = "clean") -> str:
     return "\n".join(lines)
 
 
+def pairs_table() -> str:
+    """Return the paired differences of PAIRS as Markdown: one row per pair, one column per task."""
+    rows = [row for row in _read()["rows"] if row.get("shift", "clean") == "clean"]
+    lines = [f"| pair | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
+    for first, second in PAIRS:
+        cells = []
+        for task in TASKS:
+            mine = [row for row in rows if row["task"] == task]
+            same = [row for row in mine if (row["arm"], row["sampler"]) == first]
+            cells.append(_difference(same, mine, *second))
+        lines.append(f"| {', '.join(first)} - {', '.join(second)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def uncertainty_table() -> str:
     """Return the AUROCs as Markdown: one row per signal, two columns per condition."""
     lines = []
@@ -552,6 +579,7 @@ def main() -> None:
         uncertainty(args.uncertainty, args.shifts, cpu_s=args.cpu_s, seed=args.seed, n_episodes=args.episodes)
     if args.table:
         print(table(args.shift))
+        print(pairs_table())
         print(uncertainty_table())
 
 
