@@ -6,6 +6,7 @@ has no such steps: its controller sets joint targets whenever it likes, and its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -111,13 +112,21 @@ class SteppedRobot:
         """Names of the cameras that observe; none unless the environment has obs_mode=rgb."""
         return tuple(name.removeprefix("rgb.") for name in self.env.task_spec.observation if name.startswith("rgb."))
 
-    def picture(self, camera: str) -> NDArray[np.uint8]:
-        """Return what `camera` sees now [Y, X, 3], RGB: a millisecond with a GPU, tens of them without."""
+    def take_picture(self, camera: str) -> Callable[[], NDArray[np.uint8]]:
+        """Let `camera` look, and return what waits until its picture [Y, X, 3], RGB, is drawn and returns it.
+
+        Looking takes a tenth of a millisecond. Drawing takes tens of them without a GPU, in threads of the renderer:
+        the physics may go on.
+        """
         base = self._base
         for thing in base._hidden_objects:
             thing.hide_visual()
         base.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         sensor = base.scene.sensors[camera]
         sensor.capture()
-        seen = sensor.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"]
-        return np.ascontiguousarray(np.asarray(seen[0][..., :3], dtype=np.uint8))
+
+        def picture() -> NDArray[np.uint8]:
+            seen = sensor.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"]
+            return np.ascontiguousarray(np.asarray(seen[0][..., :3], dtype=np.uint8))
+
+        return picture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,23 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from fakes import fake_observation, fake_spec
+from deploy_peers import StillArm, robot_data, until
+from fakes import fake_batch, fake_observation, fake_spec, fit_to_bounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scripted_planner import ScriptedPlanner, joint_spec, stay
 from torch import Tensor
 
 from robopolicy.app import composing
+from robopolicy.app.build import build_policy
 from robopolicy.app.run_config import collect_command, task_words
+from robopolicy.deploy.observations import needed_streams
+from robopolicy.deploy.remote import RemoteRobot
+from robopolicy.deploy.robot import RobotFile
+from robopolicy.deploy.session import Session
+from robopolicy.deploy.sim_robot import SimRobot
+from robopolicy.deploy.sim_server import RosbridgeServer
 from robopolicy.envs import make, vulkan
 from robopolicy.envs.demo_files import Episode, leaves, read_all, stack, write_episode
 from robopolicy.envs.demo_worker import Demonstrator, Recipe, Rejected, _to_numpy
@@ -34,6 +44,7 @@ from robopolicy.nn.encoder import ObservationEncoder
 from robopolicy.nn.image import ImageEncoder, cut, in_whole_image, spatial_softmax
 from robopolicy.policies.actors import ChunkActor
 from robopolicy.timing import ChunkTiming
+from robopolicy.types import ModalitySpec, Observation
 
 needs_vulkan = pytest.mark.skipif(not vulkan.prepare_vulkan().is_usable, reason=f"needs {vulkan.INSTALL_VULKAN}")
 
@@ -186,6 +197,31 @@ def test_only_the_newest_images_are_looked_at() -> None:
         ObservationEncoder(spec.observation, 3, image_steps=4)
 
 
+def test_rgb_stands_for_every_camera() -> None:
+    spec = fake_spec(camera=True)
+    second = replace(spec.observation["rgb.base"], fields={"sensor_data/hand/rgb": 3})
+    observation = {**spec.observation, "rgb.hand": second}
+    make = partial(ObservationEncoder, observation, 2, image=partial(ImageEncoder, widths=(8, 8), out_dim=6))
+    assert make(prioritised=["rgb"]).optional == ("proprio", "objects")
+    assert make(prioritised=["rgb.base"]).optional == ("proprio", "objects", "rgb.hand")
+
+
+def test_pictures_alone_can_be_what_is_always_there() -> None:
+    """All states may be missing, so that nothing is judged: training and acting go on."""
+    spec = fake_spec(camera=True)
+    config = composing.compose("train", ["policy=diffusion_rgb", "policy.network.width=16"]).policy
+    policy = build_policy(config, spec)
+    batch = fake_batch(spec, 3, policy.timing.n_obs_steps, policy.timing.horizon)
+    fit_to_bounds(policy.norm, spec)
+    assert policy.train().loss(batch).isfinite()
+    assert policy.eval().act(batch.obs).isfinite().all()
+    blind = {
+        name: torch.full_like(v, torch.nan) if v.is_floating_point() else v for name, v in batch.obs.modalities.items()
+    }
+    seen = policy.encoder(policy.normalized(Observation(modalities=blind)))
+    assert seen.isfinite().all()
+
+
 # ---- pictures that nobody looks at -----------------------------------------------------------------------------------
 class WatchingPlanner:
     """Plans a chunk that tells the pictures it was shown."""
@@ -313,3 +349,59 @@ def test_pictures_are_added_to_demonstrations_without_simulating_them(tmp_path: 
     with pytest.raises(Rejected, match="source fails"):
         demonstrator.demonstrate(1)
     demonstrator.env.close()
+
+
+# ---- deployment ------------------------------------------------------------------------------------------------------
+class SeeingArm(StillArm):
+    """An arm without physics and a camera whose every picture is another one."""
+
+    cameras = ("base_camera",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[bytes] = []
+
+    def take_picture(self, camera: str) -> Callable[[], NDArray[np.uint8]]:
+        picture = np.random.default_rng(len(self.taken)).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        self.taken.append(picture.tobytes())
+        return lambda: picture
+
+
+@pytest.mark.parametrize("dialect", ["ros1", "ros2"])
+def test_a_session_plans_from_the_pictures_that_the_camera_took(dialect: Any) -> None:
+    """From the camera through the bridge, compressed, to the policy's observation: the same bytes, in order."""
+    plain = joint_spec("pd_joint_delta_pos")
+    picture = ModalitySpec(shape=(3, 24, 32), fields={"sensor_data/base_camera/rgb": 3}, dtype="uint8")
+    spec = replace(plain, observation={**plain.observation, "rgb.base_camera": picture})
+    seen: list[NDArray[np.uint8]] = []
+
+    def say(obs: Observation, call: int) -> Tensor:
+        seen.append(obs.modalities["rgb.base_camera"][0].numpy())
+        return stay(spec)(obs, call)
+
+    file = RobotFile.from_dict(robot_data())
+    server, arm = RosbridgeServer(dialect=dialect), SeeingArm()
+    simulated = SimRobot(arm, file, server)
+    server.start()
+    simulated.start()
+    robot = RemoteRobot(file, url=server.url, streams=needed_streams(spec, file))
+    try:
+        robot.connect(30.0)
+        session = Session(robot, file, ScriptedPlanner(spec, say))
+        session.open()
+        try:
+            assert session.begin_within(30.0) == ""
+            before = len(seen)
+            until(lambda: len(seen) > before + 5)
+        finally:
+            session.close()
+    finally:
+        robot.close()
+        simulated.close()
+        server.close()
+    shown = [[frame.transpose(1, 2, 0).tobytes() for frame in window] for window in seen[before:]]
+    places = [[arm.taken.index(frame) for frame in window] for window in shown]  # each is one that was taken
+    assert all(older <= newer for older, newer in places)
+    newest = [newer for _, newer in places]
+    assert newest == sorted(newest)
+    assert newest[-1] > newest[0]

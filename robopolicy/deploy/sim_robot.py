@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 SUCCESS_TOPIC, TWIST_TOPIC = "/simrobot/success", "/servo_node/delta_twist_cmds"
 CONSTANT_EVERY = 50
 """Physics steps between two messages of a stream that does not change."""
+DRAWING_STEPS = 3
+"""Physics steps from a camera's look to its message, if there are so many: a picture takes 22 ms to draw without a GPU,
+and who asks for it earlier waits, and the physics with it."""
 FARTHEST_BEHIND_S = 0.1
 """A simulation that is later than this gives up catching up: its time slips against the clock's."""
 
@@ -65,7 +68,7 @@ class Steppable(Protocol):
     def success(self) -> bool: ...
     @property
     def cameras(self) -> tuple[str, ...]: ...
-    def picture(self, camera: str) -> NDArray[np.uint8]: ...
+    def take_picture(self, camera: str) -> Callable[[], NDArray[np.uint8]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,8 @@ class SimRobot:
             chain=CHAINS.get(robot.kinematics),
         )
         self.gripper = GripperController(0.0, message_per_m=robot.gripper.message_per_m if robot.gripper else 0.5)
-        self._told: dict[str, Floats] = {}
+        self._told: dict[str, NDArray[Any]] = {}
+        self._drawing: collections.deque[tuple[int, str, float, Callable[[], NDArray[np.uint8]]]] = collections.deque()
         self.slipped_s = 0.0
         """How much less time passed in the simulation than on the clock."""
         self.work_s: collections.deque[float] = collections.deque(maxlen=1000)
@@ -192,7 +196,9 @@ class SimRobot:
         ):
             self._publish_streams(now_s, every=step % CONSTANT_EVERY == 0)
         if self.sim.cameras and step % self.settings.camera_every == 0:
-            self._publish_pictures(now_s)
+            self._take_pictures(now_s, step + min(DRAWING_STEPS, self.settings.camera_every - 1))
+        while self._drawing and self._drawing[0][0] <= step:
+            self._publish_picture(*self._drawing.popleft()[1:])
 
     def _publish_streams(self, now_s: float, *, every: bool) -> None:
         """Publish the task's observations; those that are constant only when `every`."""
@@ -215,17 +221,22 @@ class SimRobot:
                 message = messages.float_array(value)
             self.server.publish(stream.topic, kind, message, latch=stream.constant)
 
-    def _publish_pictures(self, now_s: float) -> None:
+    def _take_pictures(self, now_s: float, due: int) -> None:
+        """Let the cameras look; what they see is published at the physics step `due`, stamped `now_s`."""
+        for name, stream in self.robot.streams.items():
+            wanted = name in self.sim.cameras and self.server.wanted(stream.topic)
+            if wanted and name != self.server.faults.silent_stream:
+                self._drawing.append((due, name, now_s, self.sim.take_picture(name)))
+
+    def _publish_picture(self, name: str, time_s: float, picture: Callable[[], NDArray[np.uint8]]) -> None:
         from PIL import Image
 
-        for name, stream in self.robot.streams.items():
-            if name not in self.sim.cameras or not self.server.wanted(stream.topic):
-                continue
-            picture, out = self.sim.picture(name), io.BytesIO()
-            Image.fromarray(picture).save(out, "PNG", compress_level=1)  # without loss, as in training
-            header = messages.header(now_s, self.server.dialect, name)
-            message = {"header": header, "format": "png", "data": out.getvalue()}
-            self.server.publish(stream.topic, messages.COMPRESSED, message)
+        seen, out = picture(), io.BytesIO()
+        seen = self._told[name] = self._told.get(name, seen) if name == self.server.faults.frozen_stream else seen
+        Image.fromarray(seen).save(out, "PNG", compress_level=1)  # without loss, as in training
+        header = messages.header(time_s, self.server.dialect, name)
+        message = {"header": header, "format": "png", "data": out.getvalue()}
+        self.server.publish(self.robot.streams[name].topic, messages.COMPRESSED, message)
 
     # ---- what it offers ----------------------------------------------------------------------------------------------
     def _offer(self) -> None:
@@ -355,4 +366,5 @@ class SimRobot:
             self.gripper.reset(float(position[sim.arm_dof]) if len(position) > sim.arm_dof else 0.0)
         self._measured = position[: sim.arm_dof]
         self.seed, self.success_once = seed, False
+        self._drawing.clear()
         self._publish_streams(self.now_s(), every=True)
