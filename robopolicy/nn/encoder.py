@@ -28,7 +28,8 @@ class ObservationEncoder(nn.Module):
         optional: names of the modalities that may be missing in some rows, where they are NaN. Each has a column at
             the end that is 1 where it is missing and all else of it is 0: the weights of that column in the layer that
             follows are a learned null token.
-        prioritised: instead of `optional`, names of the modalities that are always there; all others are optional.
+        prioritised: instead of `optional`, names of the modalities that are always there, `rgb` for all cameras; all
+            others are optional.
         screen: decides what counts as missing, `ModalityScreen` for example; called with (observation, n_obs_steps,
             optional=...). None believes everything that is no NaN.
     """
@@ -53,7 +54,7 @@ class ObservationEncoder(nn.Module):
                 f"Modalities to use must be some of {', '.join(observation)}; got {', '.join(names) or None}."
             )
         if prioritised is not None:
-            optional = [name for name in names if name not in prioritised]
+            optional = [n for n in names if n not in prioritised and n.partition(".")[0] not in prioritised]
         if not set(optional) <= set(observation):
             raise ValueError(f"optional must be some of {', '.join(observation)}; got {', '.join(optional)}.")
         self.image_steps = n_obs_steps if image_steps is None else image_steps

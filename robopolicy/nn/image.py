@@ -19,6 +19,11 @@ from torch import Tensor, nn
 
 from robopolicy.rng import Rng, randint
 
+SHARPNESS = 16.0
+"""What a map is multiplied with before its softmax. At 1 all keypoints of an untrained network lie in the middle of
+every picture, and a policy has learned its demonstrations by heart before they begin to move."""
+GAIN = 5.0
+"""Of the last layer's initial weights: features of different pictures then differ by as much as states do."""
 STEM_PX = 32
 """The first layer's stride is such that its maps are at most this wide: the cost does not grow with the image."""
 
@@ -60,6 +65,8 @@ class ImageEncoder(nn.Module):
         self.features = nn.Sequential(stem, *blocks, nn.Conv2d(dims[-1], num_keypoints, 1))
         self.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.out = nn.Linear(2 * num_keypoints, out_dim)
+        with torch.no_grad():
+            self.out.weight.mul_(GAIN)
 
     def forward(self, images: Tensor, *, generator: Rng = None) -> Tensor:
         steps = images.shape[1]
@@ -73,7 +80,7 @@ class ImageEncoder(nn.Module):
             corners = torch.tensor([[top, left]], device=images.device)
         images = rearrange(images, "b o c y x -> (b o) c y x").contiguous(memory_format=torch.channels_last)
         maps = self.features(images)
-        points = in_whole_image(spatial_softmax(maps), corners, maps.shape[-2:], self.stride, self.size)
+        points = in_whole_image(spatial_softmax(SHARPNESS * maps), corners, maps.shape[-2:], self.stride, self.size)
         return rearrange(self.out(points), "(b o) d -> b o d", o=steps)
 
 

@@ -139,6 +139,8 @@ class ModalityScreen(nn.Module):
     @torch.no_grad()
     def _gather(self, modalities: Mapping[str, Tensor]) -> None:
         """Add a batch to the moments, leaving out rows where something is missing."""
+        if not self.judged:
+            return
         rows = _flat(modalities, (*self.trusted, *self.judged)).double()
         there = ~rows.isnan().any(dim=1)
         rows = torch.where(there[:, None], rows, 0.0)
