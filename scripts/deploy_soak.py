@@ -2,8 +2,8 @@
 
     python scripts/deploy_soak.py --minutes 10 --out docs/deploy_soak.json
 
-The two processes share the machine with whatever else runs on it: the load average is part of the result. On a busy
-machine `chrt -f 5 python scripts/deploy_soak.py ...` puts both before everything else.
+The two processes share the machine with whatever else runs on it: the load average is part of the result. With
+--real-time auto (the default) they come before all that if the system allows it, with false they do not.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--checkpoint", default="pick_cube-diffusion")
+    parser.add_argument("--real-time", choices=("auto", "true", "false"), default="auto")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     seconds = 60.0 * given.minutes
     words = ["mode=live", "arm=now", f"duration_s={seconds}", "planner=rti", "record=null", "live=false", "--json"]
+    words.append(f"real_time={given.real_time}")
     command = [sys.executable, "-m", "robopolicy", "deploy", f"checkpoint={given.checkpoint}", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
     memory, load = [], []
@@ -59,7 +61,7 @@ def main() -> None:
         "rss_mib_at_the_end": settled[-1],
         "load_average": {"least": min(load), "most": max(load)},
         "cores": os.cpu_count(),
-        "scheduling": {os.SCHED_OTHER: "normal", os.SCHED_FIFO: "real-time (chrt -f)"}[os.sched_getscheduler(0)],
+        "scheduling": said["scheduling"],
     }
     text = json.dumps(result, indent=2) + "\n"
     print(text, end="")

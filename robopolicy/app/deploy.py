@@ -146,7 +146,7 @@ def _bridge(cfg: DictConfig, file: RobotFile, loaded: LoadedPolicy, console: Con
     with contextlib.ExitStack() as stack:
         url = cfg.bridge.url
         if url == SIMROBOT:
-            url = stack.enter_context(_simulated(loaded.spec, console))
+            url = stack.enter_context(_simulated(loaded.spec, [f"real_time={cfg.real_time}"], console))
         robot = RemoteRobot(
             file,
             url=url,
@@ -164,15 +164,15 @@ def _bridge(cfg: DictConfig, file: RobotFile, loaded: LoadedPolicy, console: Con
 
 
 @contextlib.contextmanager
-def _simulated(spec: TaskSpec, console: Console) -> Iterator[str]:
-    """Run `robopolicy simrobot` in a process of its own, so that it does not share the loop's interpreter.
+def _simulated(spec: TaskSpec, more: list[str], console: Console) -> Iterator[str]:
+    """Run `robopolicy simrobot <more>` in a process of its own, so that it does not share the loop's interpreter.
 
     It has the cameras that a policy for `spec` observes.
     """
     from robopolicy.app.simrobot import spawn
     from robopolicy.envs.specs import ObsMode
 
-    words = [f"task={spec.name}", f"task.obs_mode={ObsMode.of(spec)}"]
+    words = [f"task={spec.name}", f"task.obs_mode={ObsMode.of(spec)}", *more]
     with contextlib.ExitStack() as stack:
         with console.status(f"starting the simulated robot of task {spec.name}"):
             url = stack.enter_context(spawn(words))

@@ -41,6 +41,7 @@ def play(
     Raises:
         RobopolicyError: a setting that cannot work, or the robot does not get ready.
     """
+    from robopolicy.deploy.realtime import real_time
     from robopolicy.deploy.session import Session, quiet_collector
     from robopolicy.training.fit import threads
 
@@ -70,6 +71,8 @@ def play(
                 console.input("[bold]The arm will move.[/] Hand on the emergency stop? [Enter] arms, Ctrl-C leaves ")
             left = stack.enter_context(signals(session))
             stack.enter_context(quiet_collector())
+            scheduling = stack.enter_context(real_time(cfg.real_time))
+            console.print(f"loop at {file.command.rate_hz:g} Hz with {scheduling}")
             stack.callback(session.close)
             session.open()
             try:
@@ -79,7 +82,7 @@ def play(
                 raise
         if recorded:
             console.print(f"wrote [bold]{recorded}[/]; `robopolicy deploy checkpoint=... replay={recorded}` repeats it")
-        return {**result, "recording": recorded, "effective": about}
+        return {**result, "scheduling": scheduling, "recording": recorded, "effective": about}
 
 
 def _about(cfg: DictConfig, file: RobotFile, loaded: LoadedPolicy) -> dict[str, Any]:

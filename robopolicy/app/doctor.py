@@ -56,7 +56,7 @@ def run(cfg: DictConfig) -> Mapping[str, Any]:
     with console.status("Simulating a step and drawing a picture ..."):
         children = {name: _start(name) for name in wanted}
         checks = [*software(), *machine(), *(_result(name, child) for name, child in children.items())]
-        checks += [video(), *logging(), deploy()]
+        checks += [video(), *logging(), *deploy()]
     ok = all(check.ok for check in checks if check.required)
     _show(console, checks, ok=ok)
     return {"ok": ok, "checks": [asdict(check) for check in checks]}
@@ -144,16 +144,27 @@ def logging() -> list[Check]:
     return checks
 
 
-def deploy() -> Check:
-    """What the connection to a robot needs."""
-    found = _version("websockets")
-    return Check(
-        area="deploy",
-        name="ROS bridge",
-        ok=found is not None,
-        found=f"websockets {found}" if found else "websockets is not installed",
-        fix=_install("websockets", extra="deploy"),
-    )
+def deploy() -> list[Check]:
+    """What the connection to a robot needs, and whether its loop can come before other programs."""
+    from robopolicy.deploy.realtime import why_not
+
+    found, why = _version("websockets"), why_not()
+    return [
+        Check(
+            area="deploy",
+            name="ROS bridge",
+            ok=found is not None,
+            found=f"websockets {found}" if found else "websockets is not installed",
+            fix=_install("websockets", extra="deploy"),
+        ),
+        Check(
+            area="deploy",
+            name="real-time priority",
+            ok=not why,
+            found=why or "allowed: the control loop comes before other programs",
+            fix="deploy on a computer that does little else, or allow it",
+        ),
+    ]
 
 
 def simulate_cpu() -> str:

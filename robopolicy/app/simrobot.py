@@ -35,10 +35,12 @@ PARENT = "ROBOPOLICY_SIMROBOT_PARENT"
 
 def run(cfg: DictConfig) -> Mapping[str, Any]:
     """Run until Ctrl-C, SIGTERM or the end of `duration_s`; return what happened."""
+    from robopolicy.deploy.realtime import real_time
+
     stop = threading.Event()
     before = {name: signal.signal(name, lambda *_: stop.set()) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with serving(cfg) as robot:
+        with serving(cfg) as robot, real_time(cfg.real_time):
             host = robot.server.host
             print(f"{READY}{robot.server.url}", file=sys.stderr, flush=True)
             if host not in ("127.0.0.1", "localhost", "::1"):

@@ -22,6 +22,7 @@ from robopolicy.deploy.contract import Floats, Recorder, Robot, RobotState, Tick
 from robopolicy.deploy.limits import SafetyFilter
 from robopolicy.deploy.observations import ObservationBuilder, joints_at
 from robopolicy.deploy.playback import Playlist, Slot, TimedPlan
+from robopolicy.deploy.realtime import put_first
 from robopolicy.deploy.robot import RobotFile
 from robopolicy.deploy.runner import PolicyRunner
 from robopolicy.deploy.semantics import ActionConverter, GripperLogic
@@ -158,6 +159,7 @@ class ControlLoop:
     # ---- the thread --------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Turn at every period until closed. Deadlines that passed are left out, not caught up with."""
+        put_first()
         deadline_s, cpu_s = time.monotonic(), time.process_time()
         try:
             while not self._closed.is_set():

@@ -110,6 +110,7 @@ class RosbridgeServer:
                 ssl=self._tls,
                 compression=None,
                 max_size=limit,
+                max_queue=None,  # a full queue would keep it from noticing that the client has cut the connection
                 logger=sockets_log,
                 ping_interval=None,
                 close_timeout=0.2,
