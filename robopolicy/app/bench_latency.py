@@ -7,10 +7,11 @@ median, so that a busy machine slows both sides alike.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robopolicy.app.bench_latency_words import show, write
 from robopolicy.app.build import build_planner, resolve_planner
 from robopolicy.app.export import build_env, load
 from robopolicy.errors import RobopolicyError
+from robopolicy.evaluation.calibration import spaced
 from robopolicy.evaluation.results import machine, read_evaluation, versions
 from robopolicy.evaluation.rollout import evaluate
 from robopolicy.evaluation.statistics import wilson_interval
@@ -99,7 +102,8 @@ def measure(cfg: DictConfig, console: Console) -> dict[str, Any]:
                 for count in sorted({max(1, round(contender.calls())) for contender in added}):
                     floors[engine, count] = _floor(bare, loaded.policy, engine, count)
             contenders += added
-        _take_turns([*contenders, *floors.values()], windows, cfg, console)
+        with real_time() if cfg.real_time else contextlib.nullcontext():
+            _take_turns([*contenders, *floors.values()], windows, cfg, console)
         success = find_success(cfg, loaded, console)
     rows = [_compared(contender, contenders, floors, success) for contender in contenders]
     result = {
@@ -110,14 +114,15 @@ def measure(cfg: DictConfig, console: Console) -> dict[str, Any]:
         "rounds": cfg.rounds,
         "ticks_per_round": cfg.ticks,
         "max_unrolled": cfg.max_unrolled,
+        "real_time": cfg.real_time,
         "machine": machine(),
         "versions": versions(),
         "rows": rows,
         "floors": [floor.row() for floor in floors.values()],
     }
-    _show(result, console)
+    show(result, console)
     if cfg.out:
-        _write(Path(cfg.out), result, console)
+        write(Path(cfg.out), result, console)
     return result
 
 
@@ -176,7 +181,7 @@ class _Timed:
 
 
 def make_planner(cfg: DictConfig, loaded: LoadedPolicy, policy: Any, name: str, num_envs: int) -> Planner:
-    """Return the planner called `name`: ddpm_<k>, ddim_<k>, flow_<k>, rti_<k>, or rti_adaptive.
+    """Return the planner called `name`: ddpm_<k>, ddim_<k>, flow_<k>, rti, rti_<k>, or rti_adaptive.
 
     Raises:
         RobopolicyError: there is no such planner, or the policy cannot be sampled so.
@@ -189,21 +194,21 @@ def make_planner(cfg: DictConfig, loaded: LoadedPolicy, policy: Any, name: str, 
     if kind in samplers and number.isdigit():
         sampled: Any = _Sampled(policy, samplers[kind](num_inference_steps=int(number)))
         return build_planner(FRESH, sampled, num_envs, loaded.path)
-    if kind == "rti" and (number.isdigit() or number == "adaptive"):
+    if kind == "rti" and (number.isdigit() or number in ("", "adaptive")):
         config = resolve_planner(cfg.planner, loaded.path)
         if number == "adaptive":
             config |= {"accept_below": cfg.accept_below, "resample_above": cfg.resample_above}
-        elif int(number) < 2:
-            raise RobopolicyError(f"{name}: a warm start needs at least two levels, its own and 0.")
-        elif "tau" in config["warm_start"]:
+        elif number and "tau" in config["warm_start"]:
             config["warm_start"] = {**config["warm_start"], "num_inference_steps": int(number)}
-        else:
-            top = config["warm_start"]["timesteps"][0]
-            levels = [round(level) for level in np.linspace(top, 0, int(number))]
-            config["warm_start"] = {**config["warm_start"], "timesteps": levels}
+        elif number:
+            top = config["warm_start"]["timesteps"][0] if int(number) > 1 else 0
+            levels = spaced(top, int(number))
+            if len(levels) != int(number):
+                raise RobopolicyError(f"{name}: there are no {number} levels from {top} to 0; name fewer.")
+            config["warm_start"] = {**config["warm_start"], "timesteps": list(levels)}
         return build_planner(config, policy, num_envs, loaded.path)
     raise RobopolicyError(
-        f"Unknown sampler {name!r}; there are ddpm_<k>, ddim_<k>, flow_<k>, rti_<k> and rti_adaptive."
+        f"Unknown sampler {name!r}; there are ddpm_<k>, ddim_<k>, flow_<k>, rti, rti_<k> and rti_adaptive."
     )
 
 
@@ -213,15 +218,17 @@ def _planned(cfg: DictConfig, loaded: LoadedPolicy, policy: Any, engine: str, sa
     rows, shift = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
     noise = [torch.Generator().manual_seed(0)]
     calls: list[float] = []
-    number = sampler.partition("_")[2]
 
     def tick(obs: Observation) -> None:
         planner(obs, rows, shift=shift, generator=noise)
-        if number == "adaptive" and planner.diagnostics["warm"].all():
-            calls.append(float(planner.diagnostics["network_calls"]))
+        said = planner.diagnostics
+        if sampler == "rti_adaptive" and said["warm"].all():
+            calls.append(float(said["network_calls"]))
 
     def average() -> float:
-        return float(np.mean(calls)) if number == "adaptive" else float(number)
+        if sampler == "rti_adaptive":
+            return float(np.mean(calls))
+        return float(planner.warm_start.num_calls if sampler == "rti" else sampler.partition("_")[2])  # type: ignore[attr-defined]
 
     return Contender(
         engine=engine, sampler=sampler, tick=tick, reset=planner.reset, calls=average, in_policy=timed.take
@@ -261,6 +268,29 @@ def _floor(bare: Callable[..., Any], policy: Any, engine: str, count: int) -> Co
     return Contender(
         engine=engine, sampler=f"{count} bare calls", tick=tick, reset=lambda: None, calls=lambda: float(count)
     )
+
+
+@contextlib.contextmanager
+def real_time(priority: int = 10) -> Iterator[None]:
+    """Let no ordinary process interrupt this one for as long as the block lasts, as `chrt -f` does.
+
+    Raises:
+        RobopolicyError: not allowed, or no such thing here.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        raise RobopolicyError("real_time=true is for Linux; real_time=false measures beside whatever else runs.")
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    except PermissionError as error:
+        raise RobopolicyError(
+            "real_time=true needs the right to real-time scheduling (root, or rtprio in /etc/security/limits.conf); "
+            "real_time=false measures beside whatever else runs."
+        ) from error
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
 
 
 def _take_turns(
@@ -331,84 +361,3 @@ def find_success(cfg: DictConfig, loaded: LoadedPolicy, console: Console) -> dic
     for one in found.values():
         one["ci95"] = wilson_interval(one["n_success"], one["n_episodes"])
     return found
-
-
-def _show(result: Mapping[str, Any], console: Console) -> None:
-    from rich.table import Table
-
-    title = f"one tick at batch 1, {result['threads']} thread(s), ms"
-    table = Table(title=title, title_justify="left")
-    numbers = "network calls,median,p95,p99,first tick,in policy,policy / bare,x eager,x DDPM-100,success"
-    for column in ("engine", "sampler", *numbers.split(",")):
-        table.add_column(column, justify="left" if column in ("engine", "sampler") else "right")
-    for row in result["rows"]:
-        ratios = [row[key] for key in ("policy_over_bare_calls", "faster_than_eager", "faster_than_ddpm_100")]
-        success = row["success"]
-        table.add_row(
-            row["engine"],
-            row["sampler"],
-            f"{row['network_calls']:.3g}",
-            *(f"{row[key]:.2f}" for key in ("median_ms", "p95_ms", "p99_ms", "first_tick_ms", "policy_ms")),
-            *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-            "" if success is None else f"{success['n_success']}/{success['n_episodes']}",
-        )
-    for floor in result["floors"]:
-        table.add_row(
-            floor["engine"],
-            floor["sampler"],
-            f"{floor['network_calls']:.3g}",
-            *(f"{floor[key]:.2f}" for key in ("median_ms", "p95_ms", "p99_ms")),
-            *[""] * 6,
-            style="dim",
-        )
-    console.print(table)
-
-
-def _write(stem: Path, result: Mapping[str, Any], console: Console) -> None:
-    from robopolicy import atomic
-
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_file(stem.with_suffix(".json"), (json.dumps(result, indent=2) + "\n").encode())
-    written = [str(stem.with_suffix(".json"))]
-    if any(row["success"] for row in result["rows"]):
-        atomic.write_file(stem.with_suffix(".png"), plot(result))
-        written.append(str(stem.with_suffix(".png")))
-    else:
-        console.print("no plot of success: success_episodes=100, or evaluations, would give it")
-    console.print(f"wrote [bold]{', '.join(written)}[/]")
-
-
-def plot(result: Mapping[str, Any]) -> bytes:
-    """Return a picture (PNG) of success against the median latency, one colour per engine."""
-    import io
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = figure.subplots()
-    markers = dict(zip(dict.fromkeys(row["sampler"] for row in result["rows"]), "osD^vPX*<>", strict=False))
-    colours = dict(zip(dict.fromkeys(row["engine"] for row in result["rows"]), ("C0", "C1", "C2"), strict=False))
-    for row in result["rows"]:
-        if row["success"] is None:
-            continue
-        n, (low, high) = row["success"]["n_episodes"], row["success"]["ci95"]
-        share = row["success"]["n_success"] / n
-        axes.errorbar(
-            row["median_ms"],
-            100 * share,
-            yerr=[[100 * (share - low)], [100 * (high - share)]],
-            marker=markers[row["sampler"]],
-            color=colours[row["engine"]],
-            linestyle="none",
-            elinewidth=0.7,
-        )
-    for name, marker in markers.items():
-        axes.plot([], [], marker=marker, color="grey", linestyle="none", label=name)
-    for name, colour in colours.items():
-        axes.plot([], [], color=colour, label=name)
-    axes.axvline(result["control_period_ms"], color="grey", linestyle=":", label="control period")
-    axes.set(xscale="log", xlabel=f"one tick at batch 1, median ms, {result['threads']} thread(s)", ylabel="success, %")
-    axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150)
-    return out.getvalue()
