@@ -42,11 +42,11 @@ def coarse_meshes() -> Iterator[None]:
             attach(self, part)
         return self
 
-    kind.attach = attach_coarse  # type: ignore[method-assign]
+    kind.attach = attach_coarse
     try:
         yield
     finally:
-        kind.attach = attach  # type: ignore[method-assign]
+        kind.attach = attach
 
 
 def cluster(mesh: Mesh, cell_m: float) -> Mesh:

@@ -114,13 +114,15 @@ def shifts(args: argparse.Namespace) -> None:
             key |= {"batch": args.batch, "n_episodes": args.episodes}
             if any(all(row.get(k) == v for k, v in key.items()) for row in read()["rows"]):
                 continue
-            words = [f"checkpoint={train(arm, args)}", f"n_episodes={args.episodes}", "stop_on_success=true"]
-            words += [f"max_episode_steps={MOST_STEPS}", "overwrite=true", "name=study"]
-            words += [f"shift={shift}"] if shift else []
+            folder = train(arm, args)
+            name = f"study-{args.episodes}-{shift.replace(':', '_') or 'clean'}"
             began_s = time.process_time()
-            done = verb.run(composing.compose("eval", words))
-            rows = read_evaluation(Path(done["folder"])).rows
-            won = "".join(str(int(row["success_once"])) for row in rows)
+            if not (folder / "eval" / name / "eval_info.json").exists():
+                words = [f"checkpoint={folder}", f"n_episodes={args.episodes}", "stop_on_success=true"]
+                words += [f"max_episode_steps={MOST_STEPS}", f"name={name}", *([f"shift={shift}"] if shift else [])]
+                verb.run(composing.compose("eval", words))
+            rows = read_evaluation(folder / "eval" / name).rows
+            won = "".join(str(int(row["success"])) for row in rows)
             took = {"successes": won.count("1"), "cpu_s": round(time.process_time() - began_s, 1)}
             write("rows", key | took | {"outcomes": won})
             print(arm, shift or "clean", took, flush=True)

@@ -135,7 +135,7 @@ def random_corners(
     size: tuple[int, int],
     *,
     generator: Rng = None,
-    device: torch.device | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return where crops of `size` begin in images of size `image`: top and left, [B, 2] int64, drawn per row."""
     # one draw per row, so that rows with their own generators stay independent
