@@ -38,6 +38,7 @@ from robopolicy.envs.meshes import cluster, flatten
 from robopolicy.envs.playback import Shortening
 from robopolicy.envs.rendering import load_maniskill
 from robopolicy.envs.specs import ObsMode, build_stock, task_spec
+from robopolicy.envs.stepping import SteppedRobot
 from robopolicy.envs.vector import building
 from robopolicy.errors import UnknownNameError
 from robopolicy.nn.encoder import ObservationEncoder
@@ -289,6 +290,23 @@ def test_pictures_are_skipped_where_nobody_looks_and_the_rest_goes_on(envs: tupl
         assert torch.equal(one["proprio"], other["proprio"])
         shown = plain[0] if step in (1, 2, 3) else one
         assert torch.equal(other[name], shown[name]), step
+
+
+@needs_vulkan
+@pytest.mark.sim
+def test_a_picture_shows_the_moment_when_the_camera_looked() -> None:
+    env = make("push_cube", backend="single", control_mode="pd_joint_pos", obs_mode="rgb24")
+    robot = SteppedRobot(env)
+    robot.reset(0)
+    wanted = robot.observation()["rgb.base_camera"][0].permute(1, 2, 0).numpy()
+    picture = robot.take_picture("base_camera")
+    bent = robot.position()[:7] + 0.5
+    for _ in range(30):
+        robot.drive(bent, 0.04)
+        robot.step()
+    assert np.array_equal(picture(), wanted)
+    assert not np.array_equal(robot.take_picture("base_camera")(), wanted)
+    env.close()
 
 
 def a_recording(folder: Path) -> Path:
