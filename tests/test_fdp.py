@@ -69,26 +69,26 @@ def base_alone(net: ComposedNetwork, x, t, cond):
     return net.networks[0](x, t, cond[:, first : first + net._splits[1]])
 
 
-both = pytest.mark.parametrize("composition", ["block", "output"])
+ways = pytest.mark.parametrize("composition", ["block", "output", "both"])
 every = pytest.mark.parametrize("name", NETWORKS)
 
 
 # --- the start of the second stage ----------------------------------------------------------------------------------
 
 
-@both
+@ways
 @every
 def test_a_new_residual_changes_nothing_at_all(name, composition):
     net = composed(name, composition)
     assert torch.equal(net(*inputs()), base_alone(net, *inputs()))
     more = composed(name, composition, widths=(2, 5, 9, 11), stage=1)
     randomise(more.networks[1], 3)
-    randomise(more.injections if composition == "block" else more.networks[1], 4)
+    randomise(more.injections if composition != "output" else more.networks[1], 4)
     x, t, cond = inputs((2, 5, 9, 11))
     before = more(x, t, cond)
     assert not torch.equal(before, base_alone(more, x, t, cond))
     more.set_stage(2)
-    if composition == "block":  # a third stack, as new as the second was
+    if composition != "output":  # a third stack, as new as the second was
         for layer in more.injections[1]:
             nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     assert torch.equal(more(x, t, cond), before)
@@ -109,10 +109,22 @@ def test_gradients_reach_the_zero_layers_first(name):
         optimizer.step()
 
 
+@every
+def test_a_base_whose_head_says_nothing_silences_blocks_alone(name):
+    """Whatever enters the stream leaves by the frozen head; `both` has a way around it."""
+    for composition in ("block", "both"):
+        net = composed(name, composition)
+        randomise(net, 5)
+        for parameter in net.networks[0].out.parameters():
+            nn.init.zeros_(parameter)
+        out = net(*inputs())
+        assert bool(out.any()) == (composition == "both")
+
+
 # --- the residual weight --------------------------------------------------------------------------------------------
 
 
-@both
+@ways
 @every
 def test_weight_zero_is_the_base_bit_for_bit_row_by_row(name, composition):
     net = composed(name, composition)
@@ -126,7 +138,7 @@ def test_weight_zero_is_the_base_bit_for_bit_row_by_row(name, composition):
 
 @every
 def test_the_output_is_affine_in_the_weight_and_the_blocks_are_not(name):
-    for composition in ("output", "block"):
+    for composition in ("output", "block", "both"):
         net = composed(name, composition)
         randomise(net, 5, 0.3)
         with torch.no_grad():
@@ -175,7 +187,7 @@ def test_a_skip_of_the_unet_carries_the_residual_once():
     x, t, cond = inputs()
     weights, *rest = net.condition(t, cond)
     own, part = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    added = net._additions(x, weights, [part])
+    added, _ = net._additions(x, weights, [part])
     assert len(added) == 2 * 2 + 2 + 2  # two levels down, the middle, one level up
     following = iter(added)
 
@@ -192,7 +204,7 @@ def test_a_skip_of_the_unet_carries_the_residual_once():
 
 
 @every
-@both
+@ways
 def test_levels_worked_out_ahead_change_nothing(name, composition):
     net = composed(name, composition)
     randomise(net, 5)

@@ -65,7 +65,9 @@ def run(run_dir: Path, policy: DiffusionPolicy | None = None, **changes):
     policy, rows = policy or build(), []
     options = {name: changes.pop(name) for name in ("resume_from", "stop", "held_out") if name in changes}
     settings = TrainSettings(
-        **{"num_steps": 24, "warmup_steps": 3, "log_every": 5, "save_every": 10, "keep": 100, "lr": 1e-2, **changes}
+        **{"num_steps": 24, "warmup_steps": 3, "log_every": 5, "save_every": 10, "keep": 100, "lr": 1e-2}
+        | {"stages": (1,) * (policy.num_stages)}
+        | changes
     )
     done = fit(
         policy,
@@ -96,7 +98,7 @@ def held_out_with(losses, monkeypatch):
     return lambda: iter(())
 
 
-@pytest.mark.parametrize("composition", ["block", "output", "sum"])
+@pytest.mark.parametrize("composition", ["block", "output", "both", "sum"])
 def test_the_base_is_the_average_of_its_stage_and_stays_it(tmp_path, composition):
     policy, _, done = run(tmp_path, build(composition=composition), num_steps=108, stages=(8, 100), save_every=50)
     assert done == 108
@@ -195,7 +197,8 @@ def test_without_held_out_episodes_or_patience_a_stage_goes_on_to_its_end(tmp_pa
 
 def test_where_stages_end():
     assert stage_ends(100, 1, None) == [100]
-    assert stage_ends(100, 3, None) == [33, 67, 100]
+    assert stage_ends(100, 3, None) == [5, 10, 100]
+    assert stage_ends(8, 3, None) == [1, 2, 8]
     assert stage_ends(100, 2, (0.4, 0.6)) == stage_ends(100, 2, (2, 3)) == [40, 100]
     with pytest.raises(RobopolicyError, match=r"one share per stage of the policy, 1; got 2"):
         stage_ends(100, 1, (0.4, 0.6))

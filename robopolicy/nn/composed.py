@@ -16,6 +16,7 @@ of another, and the composition needs no prediction of a certain kind.
     composition    stack k > 0 acts on the output                        in the residual weight w
     output         output + w * stack_k(x)                               affine
     block          after every block i of the base: h + w * Z_i(h_k)     not linear: w is no strength of guidance
+    both           as block, and on the output as well                   not linear
     sum            (output_0 + sum of w_k output_k) / (1 + sum of w_k)   separately trained policies (arXiv:2503.12466)
 """
 
@@ -36,7 +37,7 @@ from robopolicy.nn.staged import Staged
 from robopolicy.rng import Rng
 from robopolicy.types import ModalitySpec
 
-Composition = Literal["output", "block", "sum"]
+Composition = Literal["output", "block", "both", "sum"]
 Missing = Literal["base", "null"]
 
 
@@ -160,10 +161,11 @@ class ComposedNetwork(Staged, ChunkNetwork):
         self.injections = nn.ModuleList()
         for stack in list(self.networks)[1:]:
             assert isinstance(stack, BlockNetwork)
-            if composition == "block":
+            if composition in ("block", "both"):
                 self.injections.append(nn.ModuleList(stack.injections()))
+            if composition == "block":
                 stack.drop_head()
-            elif composition == "output":
+            elif composition in ("output", "both"):
                 last: Any = getattr(stack, stack.HEAD[-1])
                 tail: Any = last[-1] if isinstance(last, nn.Sequential) else last
                 zero_(tail)
@@ -199,19 +201,27 @@ class ComposedNetwork(Staged, ChunkNetwork):
             return out
         if not residuals:
             return base.denoise(x, *own)
-        added = iter(self._additions(x, weights, parts))
-        return base.head(base.trunk(x, *own, after=lambda h: h + next(added)), *own)
+        added, last = self._additions(x, weights, parts)
+        following = iter(added)
+        out = base.head(base.trunk(x, *own, after=lambda h: h + next(following)), *own)
+        return out if last is None else out + last
 
-    def _additions(self, x: Tensor, weights: Tensor, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Return what is added to the base's stream after each block; nothing here depends on the base."""
+    def _additions(
+        self, x: Tensor, weights: Tensor, parts: Sequence[Sequence[Tensor]]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return what is added to the base's stream after each block, and to its output, whatever the base does."""
         together: list[Tensor] = []
+        last = None
         for k, (stack, part) in enumerate(zip(self._active()[1:], parts, strict=True)):
             seen: list[Tensor] = []
-            stack.trunk(x, *part, after=lambda h, seen=seen: seen.append(h) or h)  # type: ignore[misc]
+            end = stack.trunk(x, *part, after=lambda h, seen=seen: seen.append(h) or h)  # type: ignore[misc]
             layers: Any = self.injections[k]
             added = [_by_row(weights[:, k], h) * layer(h) for layer, h in zip(layers, seen, strict=True)]
             together = [a + b for a, b in zip(together, added, strict=True)] if together else added
-        return together
+            if self.composition == "both":
+                out = _by_row(weights[:, k], x) * stack.head(end, *part)
+                last = out if last is None else last + out
+        return together, last
 
     def _sum(self, x: Tensor, weights: Tensor, parts: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return the mean of the outputs, weighted; in training the learning stack's alone."""

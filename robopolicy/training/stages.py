@@ -18,17 +18,23 @@ from torch import Tensor
 
 from robopolicy.errors import RobopolicyError
 
+EARLY_SHARE = 0.05
+"""Of all steps, for each stage but the last: the longer a base trains, the less follows from what comes after it."""
+
 
 def stage_ends(num_steps: int, num_stages: int, shares: Sequence[float] | None) -> list[int]:
     """Return the step after which each stage is over at the latest.
 
     Args:
-        shares: of `num_steps`, one per stage; None: equal ones.
+        shares: of `num_steps`, one per stage; None: `EARLY_SHARE` for each but the last, though at least a step.
 
     Raises:
         RobopolicyError: there are not as many shares as stages, or a stage would have no step.
     """
-    shares = [1.0] * num_stages if shares is None else list(shares)
+    if shares is None:
+        early = max(1, round(EARLY_SHARE * num_steps))
+        shares = [early] * (num_stages - 1) + [num_steps - early * (num_stages - 1)]
+    shares = list(shares)
     if len(shares) != num_stages:
         raise RobopolicyError(
             f"train.stages must have one share per stage of the policy, {num_stages}; got {len(shares)}."
