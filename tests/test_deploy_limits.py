@@ -241,3 +241,21 @@ def test_targets_equal_those_of_maniskill(control_mode: str) -> None:
             found = convert(actions[row].numpy(), q[row], q[row])
             np.testing.assert_allclose(found.position, targets[row], atol=1e-3)
     env.close()
+
+
+def test_a_session_compiles_nothing_once_it_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from made_up_time import Stage
+    from scripted_planner import ScriptedPlanner, pick_cube_spec, stay
+
+    from robopolicy.deploy import kinematics, limiting
+
+    spec = pick_cube_spec()
+    streams = {"obj_pose": np.array([0.0, 0, 0, 1, 0, 0, 0]), "goal_pos": np.zeros(3)}
+    on = Stage(monkeypatch, ScriptedPlanner(spec, stay(spec)), streams=streams)
+    compiled = [f for m in (kinematics, limiting) for f in vars(m).values() if hasattr(f, "nopython_signatures")]
+    known = lambda: {f.__name__: len(f.nopython_signatures) for f in compiled}  # noqa: E731
+    before = known()
+    assert before["inverse"] == 1
+    on.begin()
+    on.run(lambda: on.session.runner.plans >= 5)
+    assert known() == before

@@ -2,11 +2,13 @@
 
 Poses are [x, y, z, qw, qx, qy, qz] in the frame of the robot's base. The inverse repeats the settings of ManiSkill's
 CPU controllers (damped least squares in steps of 0.1 until the error is under 1e-4, at most 100 of them, else the arm
-keeps its position), since a policy was trained on what they make of its actions.
+keeps its position), since a policy was trained on what they make of its actions. It stands apart from the simulation's
+own batched kinematics, which repeat another program to the last bit: this package runs where no simulator is installed.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -85,15 +87,20 @@ CHAINS = {
 """Name in a robot file to chain."""
 
 
+@functools.cache
 def find_chain(name: str) -> Chain:
-    """Return the chain called `name`.
+    """Return the chain called `name`, compiled: a control loop has no time for that later.
 
     Raises:
         UnknownNameError: there is none.
     """
     if name not in CHAINS:
         raise UnknownNameError("kinematic chain", name, CHAINS)
-    return CHAINS[name]
+    chain = CHAINS[name]
+    rest = np.zeros(len(chain.rolls) - 1)
+    chain.inverse(chain.forward(rest), rest)
+    chain.jacobian(rest)
+    return chain
 
 
 @numba.njit(cache=True, nogil=True, inline="always")

@@ -176,6 +176,7 @@ class ObservationBuilder:
         self._fingers = len(robot.gripper.joints) if robot.gripper else 0
         self._gripper: deque[tuple[float, float]] = deque(maxlen=16)
         self._start_s = -math.inf
+        tool_pose(robot, chain, np.zeros(len(robot.joints)))  # compiles
 
     def start(self, now_s: float) -> None:
         """Begin an episode: nothing before `now_s` is looked at."""

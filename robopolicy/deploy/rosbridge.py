@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 import socket
 import struct
 import time
@@ -29,7 +28,7 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
-from .wire import BridgeError, BridgeThread, Endpoint, Message, decode, encode, explain, sockets_log
+from .wire import BridgeError, BridgeThread, Counts, Endpoint, Message, decode, encode, explain, sockets_log
 
 log = logging.getLogger(__name__)
 
@@ -52,19 +51,6 @@ class _Waiting:
     generation: int
 
 
-@dataclass(kw_only=True)
-class Counts:
-    """What a socket dropped, and why."""
-
-    malformed: int = 0
-    """Frames that were no operation, or whose handler failed."""
-    replaced: int = 0
-    """Messages overtaken by a newer one before they could leave: normal when publishing faster than the link."""
-    stale: int = 0
-    """Messages dropped because they were old, or the connection was new or closed, when they could have left."""
-    resets: int = 0
-
-
 class Socket:
     """One websocket to a rosbridge server. Methods may be called from any thread and do not block, but for `call`."""
 
@@ -75,7 +61,6 @@ class Socket:
         name: str,
         *,
         gate: Callable[[], bool] = lambda: True,
-        on_up: Callable[[], None] = lambda: None,
         on_down: Callable[[], None] = lambda: None,
         on_probe: Callable[[Any, float, float], None] = lambda values, sent_s, received_s: None,
         probe: str | None = "/rosapi/get_time",
@@ -84,7 +69,7 @@ class Socket:
 
         Args:
             gate: asked right before a published message leaves; false drops it.
-            on_up, on_down: called in the bridge's thread when the connection stands and when it is lost.
+            on_down: called in the bridge's thread when the connection is lost.
             on_probe: called with the answer to the probe (None if the service failed), and both times (monotonic).
             probe: service to ask every second; any answer will do, also that it does not exist. None asks nothing.
         """
@@ -93,8 +78,7 @@ class Socket:
         """Connections made so far."""
         self.problem = NOT_TRIED
         """Why there is no connection; empty if there is one, `NOT_TRIED` before the first attempt has ended."""
-        self.last_frame_s = -math.inf
-        self._thread, self._gate, self._on_up, self._on_down = thread, gate, on_up, on_down
+        self._thread, self._gate, self._on_down = thread, gate, on_down
         self._on_probe, self._probe = on_probe, probe
         self._ws: ClientConnection | None = None
         self._advertised: dict[str, dict[str, Any]] = {}
@@ -159,7 +143,7 @@ class Socket:
         self.counts.stale += len(self._slots)
         self._slots.clear()
 
-    def call(self, service: str, args: Message, *, timeout_s: float, type_name: str = "") -> dict[str, Any]:
+    def call(self, service: str, args: Message, *, timeout_s: float) -> dict[str, Any]:
         """Call a service and return its values.
 
         Raises:
@@ -168,7 +152,7 @@ class Socket:
         if not self.connected:
             raise BridgeError(f"Service {service} cannot be called: {self.problem}.")
         key = self._new_id(service)
-        frame = encode({"op": "call_service", "id": key, "service": service, "args": args, **_typed(type_name)})
+        frame = encode({"op": "call_service", "id": key, "service": service, "args": args})
         try:
             answer = self._thread.run(self._asked(key, frame), timeout_s=timeout_s)
         except TimeoutError:
@@ -327,7 +311,6 @@ class Socket:
             wanted.append({"op": "advertise_service", "service": service, "type": type_name})
         self._orders.extend(encode(op) for op in wanted)
         self._work.set()
-        self._on_up()
         tasks = [asyncio.create_task(work) for work in (self._write(ws), self._ask_now_and_then())]
         try:
             async for frame in ws:
@@ -391,7 +374,7 @@ class Socket:
             self._calls.pop(key, None)
 
     def _receive(self, frame: str | bytes) -> None:
-        self.last_frame_s = arrival_s = time.monotonic()
+        arrival_s = time.monotonic()
         try:
             if (op := decode(frame)) is None:
                 self.counts.malformed += 1
@@ -419,7 +402,3 @@ class Socket:
             result, values = service[1](op.get("args"))
             answer = {"op": "service_response", "service": op["service"], "result": result, "values": values}
             self._order(answer | ({"id": key} if key is not None else {}))
-
-
-def _typed(type_name: str) -> dict[str, str]:
-    return {"type": type_name} if type_name else {}

@@ -226,3 +226,10 @@ class GripperLogic:
     def reset(self) -> None:
         """Forget what was commanded."""
         self.opening_m, self._since_s = None, -math.inf
+
+
+def find_gripper(action: ActionSpec, robot: RobotFile) -> GripperLogic | None:
+    """Return what turns the policy's gripper dimension into commands; None where there is no gripper to command."""
+    gripper = robot.gripper
+    has_one = any(action.discrete) and gripper is not None and gripper.interface != "none"
+    return GripperLogic(action, gripper) if has_one and gripper is not None else None

@@ -25,9 +25,10 @@ from robopolicy.deploy.observations import ObservationBuilder
 from robopolicy.deploy.playback import Playlist
 from robopolicy.deploy.robot import RobotFile
 from robopolicy.deploy.runner import EXECUTORS, Executor, PolicyRunner
-from robopolicy.deploy.semantics import ActionConverter, GripperLogic, require_fit
+from robopolicy.deploy.semantics import ActionConverter, find_gripper, require_fit
 from robopolicy.errors import RobopolicyError, UnknownNameError
 from robopolicy.policies.planners import Planner
+from robopolicy.timing import ChunkTiming
 
 Mode = Literal["shadow", "step", "live"]
 SILENCE_STOPS = ("joint_trajectory", "follow_joint_trajectory")
@@ -71,17 +72,11 @@ class Session:
         confirm: Callable[[Plan], bool] | None = None,
     ) -> None:
         spec, timing = planner.spec, planner.timing
+        steps = timing.n_action_steps if n_action_steps is None else n_action_steps
         require_fit(spec, file)
-        if executor not in EXECUTORS:
-            raise UnknownNameError("executor", executor, EXECUTORS)
-        if not 0.0 < speed <= 1.0:
-            raise RobopolicyError(f"speed must be in (0, 1]; got {speed:g}.")
+        _require_settings(timing, executor, steps, speed)
         if mode == "live":
             require_timeout(file, force=force)
-        steps = timing.n_action_steps if n_action_steps is None else n_action_steps
-        most = timing.horizon - timing.now
-        if not 1 <= steps <= most:
-            raise RobopolicyError(f"n_action_steps must be in [1, {most}] for horizon={timing.horizon}; got {steps}.")
         self.mode, self.file, self.speed = mode, file, speed
         self.executor: Executor = "sync" if mode == "step" else executor
         self.stop_reason = ""
@@ -110,13 +105,12 @@ class Session:
             confirm=confirm if mode == "step" else None,
             ensemble_decay=ensemble_decay,
         )
-        has_gripper = any(spec.action.discrete) and file.gripper is not None and file.gripper.interface != "none"
         self.loop = ControlLoop(
             robot,
             file,
             safety=SafetyFilter(file, chain, speed=speed),
             converter=ActionConverter(spec.action, file, chain),
-            gripper=GripperLogic(spec.action, file.gripper) if has_gripper and file.gripper is not None else None,
+            gripper=find_gripper(spec.action, file),
             builder=self.builder,
             playlist=self.playlist,
             runner=self.runner,
@@ -307,6 +301,18 @@ class Session:
     def _event(self, kind: str, text: str, **data: Any) -> None:
         for recorder in self._recorders:
             recorder.event(kind, text, **data)
+
+
+def _require_settings(timing: ChunkTiming, executor: str, n_action_steps: int, speed: float) -> None:
+    most = timing.horizon - timing.now
+    if executor not in EXECUTORS:
+        raise UnknownNameError("executor", executor, EXECUTORS)
+    if not 0.0 < speed <= 1.0:
+        raise RobopolicyError(f"speed must be in (0, 1]; got {speed:g}.")
+    if not 1 <= n_action_steps <= most:
+        raise RobopolicyError(
+            f"n_action_steps must be in [1, {most}] for horizon={timing.horizon}; got {n_action_steps}."
+        )
 
 
 def require_timeout(file: RobotFile, *, force: bool) -> None:

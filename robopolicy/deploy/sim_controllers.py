@@ -20,6 +20,8 @@ GRIPPER_TOLERANCE_M = 1e-3
 STALLED_M, STALLED_S = 5e-4, 0.2
 """Fingers that moved less in this time stand still; their velocity is no measure, it trembles."""
 KEPT_COMMANDS = 4096
+MOST_BEFORE_S = 0.02
+"""A twist counts for the time before it came, too, back to the cycle before, but no further."""
 
 
 class _Duration(msgspec.Struct):
@@ -167,7 +169,8 @@ class ArmController:
             if now_s - began_s > (self._timeout_s or 0.1):
                 self._twist = None
             elif last_s is not None:
-                self._desired = self._chain.moved(self._desired, twist * (now_s - last_s))
+                passed_s = min(now_s - last_s, now_s - began_s + MOST_BEFORE_S)
+                self._desired = self._chain.moved(self._desired, twist * passed_s)
         elif self._knots:
             self._desired, self._velocity = _interpolate(self._knots, now_s)
             end_s = self._knots[-1][0]

@@ -32,7 +32,7 @@ from robopolicy.errors import RobopolicyError
 
 from . import messages
 from .contract import Floats
-from .kinematics import CHAINS
+from .kinematics import CHAINS, find_chain
 from .robot import RobotFile
 from .sim_controllers import ArmController, GripperController
 from .sim_server import ABORTED, CANCELED, SUCCEEDED, GoalHandle, RosbridgeServer
@@ -110,7 +110,7 @@ class SimRobot:
             arm,
             timeout_s=robot.command.timeout_s,
             start_from=self.settings.start_from,
-            chain=CHAINS.get(robot.kinematics),
+            chain=find_chain(robot.kinematics) if robot.kinematics in CHAINS else None,
         )
         self.gripper = GripperController(0.0, message_per_m=robot.gripper.message_per_m if robot.gripper else 0.5)
         self._told: dict[str, NDArray[Any]] = {}

@@ -89,6 +89,19 @@ class Endpoint:
         return context
 
 
+@dataclass(kw_only=True)
+class Counts:
+    """What a socket dropped, and why."""
+
+    malformed: int = 0
+    """Frames that were no operation, or whose handler failed."""
+    replaced: int = 0
+    """Messages overtaken by a newer one before they could leave: normal when publishing faster than the link."""
+    stale: int = 0
+    """Messages dropped because they were old, or the connection was new or closed, when they could have left."""
+    resets: int = 0
+
+
 def encode(op: Message) -> bytes:
     """Return `op` as JSON, whole and finite.
 
