@@ -11,6 +11,7 @@ import torch
 from point_task import PointEnv, point_spec
 
 from robopolicy.app.build import build_policy
+from robopolicy.errors import RobopolicyError
 from robopolicy.rng import NoiseTape
 from robopolicy.training import checkpoint
 from robopolicy.types import Observation
@@ -156,3 +157,20 @@ def test_bench_refuses_samplers_that_do_not_exist(cli, step, sampler, message):
     done = cli("bench", "latency", f"checkpoint={step}", "engines=[eager]", f"samplers=[{sampler}]")
     assert done.code == 2
     assert message in done.err
+
+
+def test_real_time_without_the_right_to_it_is_said(monkeypatch):
+    import os
+
+    from robopolicy.app.bench_latency import real_time
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse, raising=False)
+    monkeypatch.setattr(os, "sched_getscheduler", lambda _: 0, raising=False)
+    monkeypatch.setattr(os, "sched_getparam", lambda _: None, raising=False)
+    monkeypatch.setattr(os, "sched_param", lambda priority: priority, raising=False)
+    monkeypatch.setattr(os, "SCHED_FIFO", 1, raising=False)
+    with pytest.raises(RobopolicyError, match="needs the right to real-time scheduling"), real_time():
+        pytest.fail("entered")
