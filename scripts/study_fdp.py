@@ -7,16 +7,21 @@
     python scripts/study_fdp.py cost                          # parameters and milliseconds per forward pass
     python scripts/study_fdp.py low_data --tasks push_cube --demos 10 --arms fdp diffusion --seeds 1
     python scripts/study_fdp.py table                         # the finished rows as Markdown
+    python scripts/study_fdp.py plot                          # the clean rows: docs/fdp_low_data.png
 
 Every arm is trained on the same demonstrations, of which it does not see the last tenth (the base of fdp ends early by
 them), for the same number of updates, both stages of fdp counted: `diffusion` is so the step-matched control, and
-`diffusion_half` has the updates of one stage. Every cell is the same episodes (seeds from 10000). Runs are kept in
+`diffusion_half` has the updates of one stage. All networks are MLPs of width 256 in place of 384 (each stack of fdp;
+`diffusion_wide` has fdp's parameters), which halves the cost. Every cell is the same episodes (seeds from 10000), each
+of LIMITS' steps: demonstrations need half as many, and a robot that missed waits. Runs are kept in
 checkpoints/study_fdp, rows in docs/fdp.json; what is there is not done again, and an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -45,9 +50,14 @@ TASKS = ("pick_cube", "push_cube", "stack_cube")
 DEMOS = (10, 25, 50, 100)
 SEEDS = (1, 2)
 SHIFTS = tuple(f"{kind}_objects:{level}" for kind in ("freeze", "noise", "dropout") for level in (1, 2, 3))
-STAGES = "train.stages=[0.25,0.75]"
-NULL = ("policy.encoder.screen.dropout=0.2", "policy.encoder.missing=null")
+LIMITS = {"pick_cube": 60, "push_cube": 60, "stack_cube": 100, "two_goal": 50}
 DOUBT = "+policy.encoder.screen.doubt_above=4"
+MLP = ("policy.network.width=256", "policy.network.cond_width=128")
+STACKS = ("policy.network.network.width=256", "policy.network.network.cond_width=128")
+NOISE = "policy.encoder.screen.noise.proprio=0.1"
+NO_NOISE = "policy.encoder.screen.noise.proprio=0"
+QUARTER = "train.stages=[0.25,0.75]"
+BLOCK = ("policy.network.composition=block",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +72,36 @@ class Arm:
     """Name to what evaluation changes."""
 
 
+FULL = ("policy.encoder.screen.dropout=0", NOISE)
+"""Of diffusion_dropout: nothing is dropped, proprioception is as noisy in training as that of fdp."""
 ARMS = {
-    "fdp": Arm(policy="fdp", overrides=(STAGES,), variants={"doubt": (DOUBT,)}),
-    "fdp_dropout_20": Arm(policy="fdp", overrides=(STAGES, *NULL), variants={"doubt": (DOUBT,)}),
-    "fdp_full_base": Arm(policy="fdp", overrides=(STAGES, "train.early_stop=null")),
-    "fdp_output": Arm(policy="fdp_output", overrides=(STAGES,), variants={"doubt": (DOUBT,)}),
-    "diffusion": Arm(policy="diffusion"),
-    "diffusion_half": Arm(policy="diffusion", share=0.5),
-    "diffusion_wide": Arm(policy="diffusion_wide"),
-    "diffusion_dropout_10": Arm(policy="diffusion_dropout", overrides=("policy.encoder.screen.dropout=0.1",)),
-    "diffusion_dropout_30": Arm(policy="diffusion_dropout", variants={"doubt": (DOUBT,)}),
-    "diffusion_dropout_50": Arm(policy="diffusion_dropout", overrides=("policy.encoder.screen.dropout=0.5",)),
-    "diffusion_guided": Arm(policy="diffusion_guided", variants={"doubt": (DOUBT,)}),
-    "fdp_sum": Arm(policy="fdp_sum", variants={"doubt": (DOUBT,)}),
-    "diffusion_base": Arm(policy="diffusion_base"),
+    "diffusion": Arm(policy="diffusion", overrides=MLP),
+    "diffusion_noise": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL)),
+    "diffusion_half": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL), share=0.5),
+    "diffusion_wide": Arm(
+        policy="diffusion_dropout", overrides=("policy.network.width=390", "policy.network.cond_width=192", *FULL)
+    ),
+    "diffusion_dropout_10": Arm(
+        policy="diffusion_dropout",
+        overrides=(*MLP, NOISE, "policy.encoder.screen.dropout=0.1"),
+        variants={"doubt": (DOUBT,)},
+    ),
+    "diffusion_dropout_30": Arm(policy="diffusion_dropout", overrides=(*MLP, NOISE), variants={"doubt": (DOUBT,)}),
+    "diffusion_guided": Arm(policy="diffusion_guided", overrides=(*STACKS, NOISE), variants={"doubt": (DOUBT,)}),
+    "diffusion_base": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL, "policy.encoder.use=[proprio]")),
+    "fdp": Arm(policy="fdp", overrides=(*STACKS, NOISE), variants={"doubt": (DOUBT,)}),
+    "fdp_output": Arm(policy="fdp_output", overrides=(*STACKS, NOISE), variants={"doubt": (DOUBT,)}),
+    "fdp_block": Arm(policy="fdp", overrides=(*STACKS, NOISE, *BLOCK, QUARTER), variants={"doubt": (DOUBT,)}),
+    "fdp_block_short": Arm(policy="fdp", overrides=(*STACKS, NOISE, *BLOCK)),
+    "fdp_long": Arm(policy="fdp", overrides=(*STACKS, NOISE, QUARTER)),
+    "fdp_quiet": Arm(policy="fdp", overrides=(*STACKS, NO_NOISE)),
+    "fdp_objects_first": Arm(policy="fdp", overrides=(*STACKS, NOISE, "policy.encoder.order=[[objects]]")),
+    "fdp_sum": Arm(policy="fdp_sum", overrides=(*STACKS, NOISE, "train.stages=[0.5,0.5]")),
 }
-CONTROLS = ("diffusion", "diffusion_half", "diffusion_wide", "diffusion_dropout_30")
+CONTROLS = ("diffusion", "diffusion_noise", "diffusion_half", "diffusion_wide", "diffusion_dropout_10")
 """Differences to these are in the tables."""
+SHOWN = ("fdp", "fdp_output", "fdp_block", "diffusion_noise", "diffusion_wide", "diffusion", "diffusion_base")
+"""Arms in the plot."""
 
 
 def train(task: str, name: str, demos: int, seed: int, steps: int, extra: Sequence[str] = ()) -> Path:
@@ -119,6 +142,7 @@ def cell(
         return
     folder = train(task, name, demos, seed, args.steps, extra)
     words = [f"checkpoint={folder}", f"n_episodes={args.episodes}", "stop_on_success=true", *changes]
+    words += [f"max_episode_steps={LIMITS[task]}"]
     words += [] if shift == "clean" else [f"shift={shift}"]
     where = Path(verb.run_one(composing.compose("eval", words), quiet=True, keep=True)["folder"])
     episodes = [json.loads(line) for line in (where / "episodes.jsonl").read_text().splitlines()]
@@ -127,9 +151,10 @@ def cell(
     row = {**key, "success": 1 - len(failed) / len(episodes), "failed_seeds": failed}
     if said := [value for value in said if value is not None]:
         row["missing_objects"] = round(statistics.fmean(said), 4)
-    found = read()
-    found["rows"].append(row)
-    write(found)
+    with locked():
+        found = read()
+        found["rows"].append(row)
+        write(found)
     print(*key.values(), f"{row['success']:.1%}", flush=True)
 
 
@@ -206,19 +231,20 @@ def cost(args: argparse.Namespace) -> None:
                 if turn >= 3:
                     times[name].append((time.process_time() - begin) / 5)
     ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    found = read()
-    found["cost"] = {
-        name: {
-            "parameters": sizes[name],
-            **{f"ms_batch_{batch}": round(ms[f"{name} {batch}"], 4) for batch in (1, 64)},
-            **{
-                f"x_same_width_batch_{batch}": round(ms[f"{name} {batch}"] / ms[f"{_plain(name)} {batch}"], 2)
-                for batch in (1, 64)
-            },
+    with locked():
+        found = read()
+        found["cost"] = {
+            name: {
+                "parameters": sizes[name],
+                **{f"ms_batch_{batch}": round(ms[f"{name} {batch}"], 4) for batch in (1, 64)},
+                **{
+                    f"x_same_width_batch_{batch}": round(ms[f"{name} {batch}"] / ms[f"{_plain(name)} {batch}"], 2)
+                    for batch in (1, 64)
+                },
+            }
+            for name in names
         }
-        for name in names
-    }
-    write(found)
+        write(found)
     print(json.dumps(found["cost"], indent=1))
 
 
@@ -259,21 +285,90 @@ def table() -> str:
                 f"{' | '.join(against)} |"
             )
         lines.append("")
+    lines += [
+        "**pooled, 10 and 25 demonstrations, clean**",
+        "",
+        "| | cells | episodes | points (95 %) |",
+        "|---|---|---|---|",
+    ]
+    lines += [pooled(["low_data"], (10, 25), ("clean",), "fdp")]
     return "\n".join(lines)
+
+
+def pooled(studies: Sequence[str], demos: Sequence[int], shifts: Sequence[str], arm: str, variant: str = "") -> str:
+    """Return Markdown: an arm less each control over all cells that both have, tasks and training seeds together."""
+    lines = []
+    for control in CONTROLS:
+        counts, cells = [0, 0, 0, 0], 0
+        rows = [r for r in read()["rows"] if r["demos"] in demos and r["shift"] in shifts and r["study"] in studies]
+        theirs = {_place(r): r for r in rows if (r["arm"], r["variant"]) == (control, "")}
+        for row in rows:
+            if (row["arm"], row["variant"]) == (arm, variant) and _place(row) in theirs:
+                counts = [c + f for c, f in zip(counts, _pairs(row, theirs[_place(row)]), strict=True)]
+                cells += 1
+        if cells:
+            lines.append(f"| {arm} {variant} less {control} | {cells} | {sum(counts)} | {_said(counts)} |")
+    return "\n".join(lines)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("study", "task", "demos", "seed", "shift", "steps", "n_episodes"))
 
 
 def _less(mine: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]]) -> str:
     """Return the paired difference in points, with its 95 % interval, over the training seeds that both have."""
     counts = [0, 0, 0, 0]
     for seed in mine.keys() & theirs.keys():
-        a, b = set(mine[seed]["failed_seeds"]), set(theirs[seed]["failed_seeds"])
-        found = (len(b - a), len(a - b), len(a & b))  # only mine succeeds, only theirs, neither
-        both = mine[seed]["n_episodes"] - sum(found)
-        counts = [c + f for c, f in zip(counts, (both, *found), strict=True)]
-    if not sum(counts) or mine == theirs:
-        return "-"
+        counts = [c + f for c, f in zip(counts, _pairs(mine[seed], theirs[seed]), strict=True)]
+    return "-" if not sum(counts) or mine == theirs else _said(counts)
+
+
+def _pairs(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Return of how many episodes both, only mine, only theirs and neither succeed."""
+    a, b = set(mine["failed_seeds"]), set(theirs["failed_seeds"])
+    return mine["n_episodes"] - len(a | b), len(b - a), len(a - b), len(a & b)
+
+
+def _said(counts: Sequence[int]) -> str:
     low, high = paired_difference_interval(*counts)
     return f"{100 * (counts[1] - counts[2]) / sum(counts):+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
+
+
+def plot(path: Path) -> None:
+    """Draw success by number of demonstrations, a panel per task, with Wilson intervals over all training seeds."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in read()["rows"] if r["study"] == "low_data" and not r["variant"]]
+    figure = Figure(figsize=(4 * len(TASKS), 3.6), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
+        arms = [name for name in SHOWN if any(r["task"] == task and r["arm"] == name for r in rows)]
+        for place, name in enumerate(arms):
+            mine = [r for r in rows if r["task"] == task and r["arm"] == name]
+            spots, rates, errors = [], [], []
+            for spot, demos in enumerate(DEMOS):
+                same = [r for r in mine if r["demos"] == demos]
+                if same:
+                    n = sum(r["n_episodes"] for r in same)
+                    rate = 1 - sum(len(r["failed_seeds"]) for r in same) / n
+                    low, high = wilson_interval(round(rate * n), n)
+                    spots.append(spot + 0.07 * (place - (len(arms) - 1) / 2))
+                    rates.append(100 * rate)
+                    errors.append((100 * (rate - low), 100 * (high - rate)))
+            axes.errorbar(spots, rates, [list(e) for e in zip(*errors, strict=True)], fmt="o-", ms=4, lw=1, label=name)
+        axes.set_xticks(range(len(DEMOS)), [str(demos) for demos in DEMOS])
+        axes.set(title=task, xlabel="demonstrations", ylim=(-3, 103))
+    figure.axes[0].set_ylabel("success, %")
+    handles, labels = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda found: len(found[1]))
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Keep other studies from writing rows meanwhile."""
+    with (RUNS / "rows.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read() -> dict[str, Any]:
@@ -293,18 +388,20 @@ STUDIES = {"low_data": low_data, "shifts": shifts, "weights": weights, "orders":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=[*STUDIES, "table"])
+    parser.add_argument("study", choices=[*STUDIES, "table", "plot"])
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--demos", nargs="+", type=int, default=[])
     parser.add_argument("--arms", nargs="+", default=[], choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--shifts", nargs="+", default=SHIFTS)
     parser.add_argument("--episodes", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=4000, help="updates, of both stages together")
+    parser.add_argument("--steps", type=int, default=2000, help="updates, of both stages together")
     parser.add_argument("--rounds", type=int, default=30, help="of cost")
     args = parser.parse_args()
     if args.study == "table":
         print(table())
+    elif args.study == "plot":
+        plot(ROWS.with_name("fdp_low_data.png"))
     else:
         STUDIES[args.study](args)
 
