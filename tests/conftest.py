@@ -13,11 +13,14 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; child processes inherit it
 
+import hypothesis
 import torch
 
 from robopolicy.envs.vulkan import prepare_vulkan
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("robopolicy", deadline=None)  # how long an example takes is the machine's affair
+hypothesis.settings.load_profile("robopolicy")
 prepare_vulkan()
 
 
