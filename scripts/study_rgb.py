@@ -133,14 +133,14 @@ def table(args: argparse.Namespace) -> None:
     arms = [arm for arm in ARMS if (arm, "") in rows]
     print("| pictures | " + " | ".join(f"`{arm}`" for arm in arms) + f" | `fdp` less `{JOINT}` |")
     print("| --- |" + " --- |" * (len(arms) + 1))
-    for shift in SHIFTS:
+    for shift in (shift for shift in SHIFTS if any((arm, shift) in rows for arm in arms)):
         cells = [text(rows.get((arm, shift))) for arm in arms]
         ours, joint = rows.get(("fdp", shift)), rows.get((JOINT, shift))
         gap = ""
         if ours is not None and joint is not None:
             pairs = list(zip(ours["outcomes"], joint["outcomes"], strict=True))
             wins, losses = pairs.count(("1", "0")), pairs.count(("0", "1"))
-            low, high = paired_difference_interval(wins, losses, len(pairs))
+            low, high = paired_difference_interval(pairs.count(("1", "1")), wins, losses, pairs.count(("0", "0")))
             gap = f"{100 * (wins - losses) / len(pairs):+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
         print(f"| {f'`{shift}`' if shift else 'clean'} | " + " | ".join([*cells, gap]) + " |")
 
