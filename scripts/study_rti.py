@@ -5,9 +5,9 @@
     python scripts/study_rti.py --theory                          # surviving share of an error against its closed form
     python scripts/study_rti.py --table                           # the rows as Markdown, with paired differences
 
-Rows go to docs/rti.json; finished ones are not run again. `--train` trains the policies; PickCube's first is
-the published one. Episodes are those of `robopolicy eval`, seeds 10000 and on; presets were
-chosen on seeds from 20000.
+Rows go to docs/rti.json; finished ones are not run again. `--train` trains the policies, or goes on with them;
+PickCube's first is the published one. Episodes are those of `robopolicy eval`, seeds 10000 and on; presets were chosen
+on seeds from 20000.
 """
 
 from __future__ import annotations
@@ -451,7 +451,7 @@ def main() -> None:
             print(f"{name}: {', '.join(job.run for job in jobs)}; {', '.join(jobs[0].arms)}")
     for name in args.train:
         words = [sys.executable, "-m", "robopolicy", "train", f"checkpoints_dir={RUNS}", f"run={name}"]
-        subprocess.run([*words, *TRAIN[name].split()], check=True)
+        subprocess.run([*words, *(["resume=true"] if (RUNS / name).exists() else TRAIN[name].split())], check=True)
     for name in args.theory:
         add("theory", theory(name))
     done = {key(row) for row in read()["rows"]}
