@@ -291,7 +291,9 @@ def table() -> str:
         "| | cells | episodes | points (95 %) |",
         "|---|---|---|---|",
     ]
-    lines += [pooled(["low_data"], (10, 25), ("clean",), "fdp")]
+    lines += [pooled(["low_data"], (10, 25), ("clean",), arm) for arm in ("fdp", "fdp_block")]
+    for demos in ((10, 25, 50, 100), (50, 100)):
+        lines += ["", f"**pooled, {demos} demonstrations, clean**", "", pooled(["low_data"], demos, ("clean",), "fdp")]
     return "\n".join(lines)
 
 
@@ -354,12 +356,22 @@ def plot(path: Path) -> None:
                     spots.append(spot + 0.07 * (place - (len(arms) - 1) / 2))
                     rates.append(100 * rate)
                     errors.append((100 * (rate - low), 100 * (high - rate)))
-            axes.errorbar(spots, rates, [list(e) for e in zip(*errors, strict=True)], fmt="o-", ms=4, lw=1, label=name)
+            axes.errorbar(
+                spots,
+                rates,
+                [list(e) for e in zip(*errors, strict=True)],
+                fmt="o-",
+                ms=4,
+                lw=1,
+                color=f"C{SHOWN.index(name)}",
+                label=name,
+            )
         axes.set_xticks(range(len(DEMOS)), [str(demos) for demos in DEMOS])
-        axes.set(title=task, xlabel="demonstrations", ylim=(-3, 103))
+        axes.set(title=task, xlabel="demonstrations", xlim=(-0.5, len(DEMOS) - 0.5), ylim=(-3, 103))
     figure.axes[0].set_ylabel("success, %")
-    handles, labels = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda found: len(found[1]))
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    pairs = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    found = {label: handle for handle, label in pairs}
+    figure.legend(found.values(), found, loc="outside lower center", ncols=len(found), frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
