@@ -122,6 +122,7 @@ def memory_mb():
     lines = [line.split() for line in open("/proc/self/status") if line.startswith(("VmRSS", "RssAnon"))]
     return {name: int(kilobytes) / 1024 for name, kilobytes, _ in lines}
 
+imported = memory_mb()
 start = time.perf_counter()
 store = EpisodeStore.open(sys.argv[1], in_memory=False)
 store.limits()
@@ -131,7 +132,8 @@ open_s, opened = time.perf_counter() - start, memory_mb()
 for _ in range(1000):
     next(stream)
 later = memory_mb()
-print(json.dumps({"frames": store.num_frames, "open_s": open_s, "resident_mb": opened["VmRSS:"],
+print(json.dumps({"frames": store.num_frames, "open_s": open_s, "imported_mb": imported["VmRSS:"],
+                  "resident_mb": opened["VmRSS:"],
                   "later_resident_mb": later["VmRSS:"], "later_own_mb": later["RssAnon:"]}))
 """
 

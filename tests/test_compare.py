@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import Finished
 from fake_runs import add_evaluation, make_run
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import multinomial
 from statsmodels.stats.contingency_tables import mcnemar
@@ -108,6 +108,7 @@ def test_the_number_of_episodes_is_just_enough(gap, more, alpha):
 
 
 @given(st.integers(6, 400), st.floats(0, 1))
+@example(n=6, discordance=1.1125369292536007e-308)
 @settings(max_examples=25, deadline=None)
 def test_the_detectable_gap_has_the_power_asked_for(n, discordance):
     gap = detectable_gap(n, discordance=discordance)

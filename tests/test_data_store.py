@@ -141,4 +141,4 @@ def test_a_million_frames_open_quickly_in_little_memory(tmp_path: Path) -> None:
     large = json.loads(done.stdout)["large"]
     assert large["frames"] == 1_000_000
     assert large["open_s"] < 5
-    assert large["resident_mb"] < 500
+    assert large["resident_mb"] - large["imported_mb"] < 250  # what was imported depends on the build of torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import math
@@ -197,7 +198,7 @@ def test_results_come_back_from_disk_under_lerobot_names(tmp_path):
     assert top["avg_sum_reward"] == pytest.approx(np.mean([e.sum_reward for e in result.episodes]))
     assert back.info["failed_seeds"] == [row["seed"] for row in back.rows if not row["success"]]
     assert back.info["per_task"][0]["metrics"]["successes"] == [row["success"] for row in back.rows]
-    assert back.info["versions"]["torch"] == torch.__version__
+    assert back.info["versions"]["torch"] == importlib.metadata.version("torch")
     assert TaskSpec.from_dict(back.info["task_spec"]).differences(point_spec()) == []
     assert back.rows == json.loads(json.dumps(outcome(result)))
 

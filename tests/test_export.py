@@ -150,13 +150,10 @@ def test_adaptive_ticks_count_their_calls(cli, step):
     assert json.loads(done.out)["rows"][0]["network_calls"] == 1
 
 
-@pytest.mark.parametrize(
-    ("sampler", "message"), [("euler_3", "Unknown sampler 'euler_3'"), ("rti_1", "at least two levels")]
-)
-def test_bench_refuses_samplers_that_do_not_exist(cli, step, sampler, message):
-    done = cli("bench", "latency", f"checkpoint={step}", "engines=[eager]", f"samplers=[{sampler}]")
+def test_bench_refuses_samplers_that_do_not_exist(cli, step):
+    done = cli("bench", "latency", f"checkpoint={step}", "engines=[eager]", "samplers=[euler_3]")
     assert done.code == 2
-    assert message in done.err
+    assert "Unknown sampler 'euler_3'" in done.err
 
 
 def test_real_time_without_the_right_to_it_is_said(monkeypatch):

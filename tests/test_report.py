@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_a_full_report_holds_everything_and_requests_nothing(tmp_path):
         "robopolicy train task=point",
         "robopolicy eval checkpoint=checkpoints/run",
         "sha256 " + "a" * 64,
-        f"torch {torch.__version__}",
+        f"torch {importlib.metadata.version('torch')}",
     ):
         assert flat(wanted) in text
     assert "How failed episodes ended" in text

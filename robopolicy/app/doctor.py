@@ -159,9 +159,9 @@ def deploy() -> list[Check]:
         ),
         Check(
             area="deploy",
-            name="real-time priority",
+            name="priority",
             ok=not why,
-            found=why or "allowed: the control loop comes before other programs",
+            found=why or "real-time, so the control loop comes before other programs",
             fix="deploy on a computer that does little else, or allow it",
         ),
     ]

@@ -88,7 +88,7 @@ def mcnemar_power(n: int, *, discordance: float, gap: float, alpha: float = 0.05
     """
     if not 0 <= abs(gap) <= discordance <= 1:
         raise ValueError(f"mcnemar_power needs |gap| <= discordance <= 1; got gap={gap}, discordance={discordance}.")
-    if discordance == 0:
+    if discordance < 1e-12:  # scipy overflows near the smallest numbers
         return 0.0
     least, most = binom.ppf([1e-12, 1 - 1e-12], n, discordance)
     discordant = np.arange(int(least), int(most) + 1)
