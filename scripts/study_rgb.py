@@ -43,7 +43,8 @@ STACKS = ("policy.network.network.width=256", "policy.network.network.cond_width
 ARMS: dict[str, tuple[str, ...]] = {
     "diffusion_noise": ("policy=diffusion_dropout", "policy.encoder.screen.dropout=0", *MLP),
     "diffusion_dropout": ("policy=diffusion_dropout", *MLP),
-    "fdp": ("policy=fdp", "train.stages=[0.2,0.8]", *STACKS),
+    "fdp": ("policy=fdp", *STACKS),
+    "fdp_block": ("policy=fdp", "policy.network.composition=block", "train.stages=[0.2,0.8]", *STACKS),
     "diffusion_base": (
         "policy=diffusion_dropout",
         "policy.encoder.screen.dropout=0",
@@ -53,7 +54,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "diffusion_rgb": ("policy=diffusion_rgb", *MLP),
     "diffusion": ("policy=diffusion", *MLP),
 }
-"""All of the first three have the same noise on `proprio`; `diffusion_noise` is joint conditioning."""
+"""All of the first four have the same noise on `proprio`; `diffusion_noise` is joint conditioning."""
 JOINT = "diffusion_noise"
 SHIFTS = (
     "",
@@ -129,20 +130,29 @@ def shifts(args: argparse.Namespace) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
-    rows = {(row["arm"], row["shift"]): row for row in read()["rows"]}
-    arms = [arm for arm in ARMS if (arm, "") in rows]
-    print("| pictures | " + " | ".join(f"`{arm}`" for arm in arms) + f" | `fdp` less `{JOINT}` |")
-    print("| --- |" + " --- |" * (len(arms) + 1))
-    for shift in (shift for shift in SHIFTS if any((arm, shift) in rows for arm in arms)):
-        cells = [text(rows.get((arm, shift))) for arm in arms]
-        ours, joint = rows.get(("fdp", shift)), rows.get((JOINT, shift))
-        gap = ""
-        if ours is not None and joint is not None:
-            pairs = list(zip(ours["outcomes"], joint["outcomes"], strict=True))
-            wins, losses = pairs.count(("1", "0")), pairs.count(("0", "1"))
-            low, high = paired_difference_interval(pairs.count(("1", "1")), wins, losses, pairs.count(("0", "0")))
-            gap = f"{100 * (wins - losses) / len(pairs):+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
-        print(f"| {f'`{shift}`' if shift else 'clean'} | " + " | ".join([*cells, gap]) + " |")
+    """Print one line per training seed and pictures, with the differences of the stacks to joint conditioning."""
+    rows = {(row["arm"], row["seed"], row["shift"]): row for row in read()["rows"]}
+    arms = [arm for arm in ARMS if any(one[0] == arm for one in rows)]
+    stacks = [arm for arm in arms if arm.startswith("fdp")]
+    heads = [*(f"`{arm}`" for arm in arms), *(f"`{arm}` less `{JOINT}`" for arm in stacks)]
+    print("| seed | pictures | " + " | ".join(heads) + " |")
+    print("|" + " --- |" * (len(heads) + 2))
+    for seed in sorted({one[1] for one in rows}):
+        for shift in (shift for shift in SHIFTS if any((arm, seed, shift) in rows for arm in arms)):
+            cells = [text(rows.get((arm, seed, shift))) for arm in arms]
+            joint = rows.get((JOINT, seed, shift))
+            cells += [gap(rows.get((arm, seed, shift)), joint) for arm in stacks]
+            print(f"| {seed} | {f'`{shift}`' if shift else 'clean'} | " + " | ".join(cells) + " |")
+
+
+def gap(ours: dict[str, Any] | None, joint: dict[str, Any] | None) -> str:
+    """Return the paired difference in points with its 95 % interval."""
+    if ours is None or joint is None:
+        return ""
+    pairs = list(zip(ours["outcomes"], joint["outcomes"], strict=True))
+    wins, losses = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    low, high = paired_difference_interval(pairs.count(("1", "1")), wins, losses, pairs.count(("0", "0")))
+    return f"{100 * (wins - losses) / len(pairs):+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
 
 
 def text(row: dict[str, Any] | None) -> str:
@@ -239,7 +249,7 @@ def policy_cost(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cost", "shifts", "table"))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:3])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:4])
     parser.add_argument("--shifts", nargs="+", default=list(SHIFTS))
     parser.add_argument("--demos", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
