@@ -150,6 +150,15 @@ def test_adaptive_ticks_count_their_calls(cli, step):
     assert json.loads(done.out)["rows"][0]["network_calls"] == 1
 
 
+def test_bench_times_more_calls_than_a_low_start_has_levels(cli, step):
+    done = cli(
+        "bench", "latency", f"checkpoint={step}", "engines=[eager]", "samplers=[rti_5]", "rounds=1", "ticks=3",
+        "planner.warm_start.timesteps=[1,0]", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["rows"][0]["network_calls"] == 5
+
+
 def test_bench_refuses_samplers_that_do_not_exist(cli, step):
     done = cli("bench", "latency", f"checkpoint={step}", "engines=[eager]", "samplers=[euler_3]")
     assert done.code == 2

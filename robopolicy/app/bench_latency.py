@@ -202,10 +202,9 @@ def make_planner(cfg: DictConfig, loaded: LoadedPolicy, policy: Any, name: str, 
             config["warm_start"] = {**config["warm_start"], "num_inference_steps": int(number)}
         elif number:
             top = config["warm_start"]["timesteps"][0] if int(number) > 1 else 0
-            levels = spaced(top, int(number))
-            if len(levels) != int(number):
-                raise RobopolicyError(f"{name}: there are no {number} levels from {top} to 0; name fewer.")
-            config["warm_start"] = {**config["warm_start"], "timesteps": list(levels)}
+            while len(spaced(top, int(number))) < int(number):  # a calibrated K' may be as low as 1
+                top += 1
+            config["warm_start"] = {**config["warm_start"], "timesteps": list(spaced(top, int(number)))}
         return build_planner(config, policy, num_envs, loaded.path)
     raise RobopolicyError(
         f"Unknown sampler {name!r}; there are ddpm_<k>, ddim_<k>, flow_<k>, rti, rti_<k> and rti_adaptive."
