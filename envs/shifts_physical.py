@@ -204,6 +204,52 @@ class CameraPose(_Start):
             sensor.camera._cached_local_pose = None
 
 
+class Distractors(_Start):
+    """So many cubes as `strength` says lie about in colours of their own, new ones in each episode.
+
+    They are drawn but have no bodies: the arm and the objects pass through them, so that nothing but pictures differs.
+    """
+
+    needs_cpu = True
+    most = 6
+    half_size_m = 0.02
+    around_m = 0.25
+    """Largest distance from the world's origin in x and in y."""
+    apart_m = 0.08
+    """Smallest distance from free objects, centre to centre, where ten tries find such a place."""
+
+    def __init__(self, env: Environment, strength: float, *, name: str) -> None:
+        super().__init__(env, strength, name=name)
+        self._there: dict[int, list[sapien.Entity]] = {}
+
+    def place(self, row: int, draws: Draws) -> None:
+        scene = self.base.scene.sub_scenes[row]
+        present = scene.entities
+        for old in self._there.get(row, []):
+            if old in present:  # a reset may have rebuilt the scene
+                scene.remove_entity(old)
+        free = [actor.pose.p[at, :2].cpu().numpy() for actor, at in free_objects(self.base, row)]
+        cubes = [self._cube(free, draws) for _ in range(self.most)]  # all are drawn, whatever the level
+        self._there[row] = cubes[: int(self.strength)]
+        for cube in self._there[row]:
+            scene.add_entity(cube)
+
+    def _cube(self, free: Sequence[np.ndarray], draws: Draws) -> sapien.Entity:
+        for _ in range(10):
+            x, y = draws.uniform(-self.around_m, self.around_m, 2)
+            if all(np.hypot(x - at[0], y - at[1]) > self.apart_m for at in free):
+                break
+        angle, colour = draws.uniform(-np.pi, np.pi), draws.uniform(0, 1, 3)
+        material = sapien.render.RenderMaterial()
+        material.base_color = [*colour, 1.0]
+        body = sapien.render.RenderBodyComponent()
+        body.attach(sapien.render.RenderShapeBox([self.half_size_m] * 3, material))
+        cube = sapien.Entity()
+        cube.add_component(body)
+        cube.pose = sapien.Pose([x, y, self.half_size_m], [np.cos(angle / 2), 0, 0, np.sin(angle / 2)])
+        return cube
+
+
 # ---- in mid-episode --------------------------------------------------------------------------------------------------
 class _Event(Physical):
     """Something happens once in each episode, before a control step drawn from DISTURBED_AT."""

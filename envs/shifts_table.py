@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SUITE = "1"
-"""Version of this table; it also fixes the random numbers and the order of draws."""
+SUITE = "2"
+"""Version of this table; it also fixes the random numbers and the order of draws. 1 had no `camera_distractors`."""
 LEVELS = (1, 2, 3)
 DEFAULT_LEVEL = 2
 
@@ -118,6 +118,15 @@ _ROWS = (
         unit="m",
         strengths=(0.01, 0.03, 0.06),
         kind="CameraPose",
+        needs="camera",
+    ),
+    ShiftSpec(
+        name="camera_distractors",
+        family="camera",
+        what="{} cubes of 4 cm that are only drawn lie about, in random colours",
+        unit="cubes",
+        strengths=(1, 3, 6),
+        kind="Distractors",
         needs="camera",
     ),
     ShiftSpec(

@@ -23,7 +23,8 @@ from robopolicy.types import Environment, Frame, ModalitySpec, TaskSpec
 from tests.fakes import fake_spec
 
 DOCS = Path(__file__).parents[1] / "docs/shifts.md"
-SIGNALS = [n for n, row in SHIFTS.items() if row.family in ("observation", "camera") and n != "camera_pose"]
+IN_THE_SCENE = ("camera_pose", "camera_distractors")
+SIGNALS = [n for n, row in SHIFTS.items() if row.family in ("observation", "camera") and n not in IN_THE_SCENE]
 PHYSICAL = [n for n, row in SHIFTS.items() if row.family in ("physics", "start", "disturbance")]
 SEEDS = [3, 4, 5, 6]
 STEPS = 45
@@ -119,10 +120,16 @@ def test_a_shift_is_a_name_and_a_level() -> None:
     assert apply(env, Shift("delay_proprio", 0)) is env  # type: ignore[arg-type]
 
 
-def test_the_table_of_suite_1_is_frozen() -> None:
+def test_the_table_is_frozen() -> None:
     """Published numbers name the suite: change a row and it is another suite, with another SUITE and another digest."""
-    rows = "\n".join(f"{r.name} {r.strengths} {r.unit} {r.kind} {r.group} {r.needs}" for r in SHIFTS.values())
-    assert (SUITE, hashlib.sha256(rows.encode()).hexdigest()[:16]) == ("1", "013f756c004d79bf")
+
+    def digest(without: str = "") -> str:
+        rows = [r for r in SHIFTS.values() if r.name != without]
+        text = "\n".join(f"{r.name} {r.strengths} {r.unit} {r.kind} {r.group} {r.needs}" for r in rows)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    assert (SUITE, digest()) == ("2", "b0824451b9c1f75c")
+    assert digest(without="camera_distractors") == "013f756c004d79bf"  # suite 1: its numbers are still comparable
     for row in SHIFTS.values():
         assert 0 < row.strengths[0] < row.strengths[1] < row.strengths[2]
         assert "{}" in row.what
@@ -427,6 +434,30 @@ def test_a_camera_that_stands_elsewhere_sees_another_picture_of_the_same_scene(s
     difference = (frame[picture].float() - away[picture].float()).abs()
     assert (difference > 8).float().mean() > 0.02
     assert torch.equal(frame["proprio"], away["proprio"])
+
+
+@sim
+@pytest.mark.skipif(not vulkan.prepare_vulkan().is_usable, reason=f"needs {vulkan.INSTALL_VULKAN}")
+def test_distractors_change_pictures_alone_and_follow_from_the_seed(shifted: Callable[..., Any]) -> None:
+    picture, actions = "rgb.base_camera", random_actions(2, 2)
+    clean = make("pick_cube", num_envs=2, backend="cpu", obs_mode="rgb")
+    plain = roll(clean, [1, 2], actions)
+    clean.close()
+    env = shifted("camera_distractors", 6, obs_mode="rgb")
+    seen = roll(env, [1, 2], actions)
+    assert [name for name, kept in same(seen, plain).items() if not kept] == [picture]
+    for frames in (seen, plain):
+        assert frames[picture].dtype == torch.uint8
+    differ = [(seen[picture][t].float() - plain[picture][t].float()).abs().amax(dim=1) > 8 for t in range(3)]
+    assert all(0.001 < one.float().mean() < 0.1 for one in differ)  # 4 cm are three pixels of 128
+    roll(env, [8, 9], actions[:1])
+    assert all(same(roll(env, [1, 2], actions), seen).values())  # those of other episodes are gone
+    fewer = shifted("camera_distractors", 1, obs_mode="rgb", num_envs=1)
+    alone = roll(fewer, [2], actions[:, 1:])
+    one = (alone[picture][0, 0].float() - plain[picture][0, 1].float()).abs().amax(dim=0) > 8
+    assert one.sum() < differ[0][1].sum()
+    (cube,), (same_cube, *_) = fewer._there[0], env._there[1]
+    assert np.array_equal(cube.pose.p, same_cube.pose.p)
 
 
 # ---- the suite -------------------------------------------------------------------------------------------------------
