@@ -1,13 +1,12 @@
 """Is a factorised policy better with few demonstrations, and when a sensor fails? Against controls that could say no.
 
     python scripts/study_fdp.py low_data                      # success by number of demonstrations, all arms
-    python scripts/study_fdp.py shifts                        # success with disturbed object observations, 50 of them
+    python scripts/study_fdp.py shifts                        # success with failing sensors, 50 demonstrations
     python scripts/study_fdp.py weights                       # success by residual weight at run time
-    python scripts/study_fdp.py orders                        # each modality first: held-out loss and success
+    python scripts/study_fdp.py orders                        # each modality first, and the loss that order=auto sees
     python scripts/study_fdp.py cost                          # parameters and milliseconds per forward pass
     python scripts/study_fdp.py low_data --tasks push_cube --demos 10 --arms fdp diffusion --seeds 1
-    python scripts/study_fdp.py table                         # the finished rows as Markdown
-    python scripts/study_fdp.py plot                          # the clean rows: docs/fdp_low_data.png
+    python scripts/study_fdp_tables.py                        # the rows as tables and pictures
 
 Every arm is trained on the same demonstrations, of which it does not see the last tenth (the base of fdp ends early by
 them), for the same number of updates, both stages of fdp counted: `diffusion` is so the step-matched control, and
@@ -40,7 +39,6 @@ from robopolicy import atomic
 from robopolicy.app import composing
 from robopolicy.app.build import build_policy
 from robopolicy.data import load_demonstrations
-from robopolicy.evaluation.statistics import paired_difference_interval, wilson_interval
 from robopolicy.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +55,7 @@ STACKS = ("policy.network.network.width=256", "policy.network.network.cond_width
 NOISE = "policy.encoder.screen.noise.proprio=0.1"
 NO_NOISE = "policy.encoder.screen.noise.proprio=0"
 QUARTER = "train.stages=[0.25,0.75]"
+OBJECTS_STAY = "policy.encoder.prioritised=[objects,goal]"
 BLOCK = ("policy.network.composition=block",)
 
 
@@ -97,11 +96,40 @@ ARMS = {
     "fdp_quiet": Arm(policy="fdp", overrides=(*STACKS, NO_NOISE)),
     "fdp_objects_first": Arm(policy="fdp", overrides=(*STACKS, NOISE, "policy.encoder.order=[[objects]]")),
     "fdp_sum": Arm(policy="fdp_sum", overrides=(*STACKS, NOISE, "train.stages=[0.5,0.5]")),
+    "alone": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL), share=0.25),
+    # for a failing proprioception: the objects come first, which on PickCube and StackCube tell all that is needed
+    "fdp_objects": Arm(
+        policy="fdp",
+        overrides=(*STACKS, NOISE, "policy.encoder.order=[[objects]]", "train.stages=[0.5,0.5]"),
+        variants={"doubt": (DOUBT,)},
+    ),
+    "dropout_objects_10": Arm(
+        policy="diffusion_dropout",
+        overrides=(*MLP, NOISE, "policy.encoder.screen.dropout=0.1", OBJECTS_STAY),
+        variants={"doubt": (DOUBT,)},
+    ),
+    "dropout_objects_30": Arm(
+        policy="diffusion_dropout", overrides=(*MLP, NOISE, OBJECTS_STAY), variants={"doubt": (DOUBT,)}
+    ),
+    "diffusion_objects": Arm(
+        policy="diffusion_dropout", overrides=(*MLP, *FULL, "policy.encoder.use=[objects]", OBJECTS_STAY)
+    ),
 }
-CONTROLS = ("diffusion", "diffusion_noise", "diffusion_half", "diffusion_wide", "diffusion_dropout_10")
-"""Differences to these are in the tables."""
-SHOWN = ("fdp", "fdp_output", "fdp_block", "diffusion_noise", "diffusion_wide", "diffusion", "diffusion_base")
-"""Arms in the plot."""
+MAIN = (
+    "diffusion_noise",
+    "fdp",
+    "diffusion_wide",
+    "diffusion_half",
+    "fdp_block",
+    "diffusion_dropout_10",
+    "diffusion_dropout_30",
+    "fdp_output",
+    "diffusion",
+    "diffusion_guided",
+    "fdp_sum",
+    "diffusion_base",
+)
+"""Arms of the grid; the others answer a question each."""
 
 
 def train(task: str, name: str, demos: int, seed: int, steps: int, extra: Sequence[str] = ()) -> Path:
@@ -182,18 +210,19 @@ def weights(args: argparse.Namespace) -> None:
 
 
 def orders(args: argparse.Namespace) -> None:
-    """Every modality first: does the one with the lowest held-out loss of its base also succeed most?"""
+    """Every modality first: does the one that alone has the lowest held-out loss, `order=auto`, also succeed most?"""
     for demos, seed, task, name in _grid(args, args.demos or (50,), ("fdp",)):
         path = Path("demos") / task / "pd_ee_delta_pos.state.h5"
         for first in load_demonstrations(path, spec=None, num_episodes=1).spec.observation:
-            extra = [f"policy.encoder.order=[[{first}]]", "train.early_stop=1000000"]
+            extra = [f"policy.encoder.order=[[{first}]]"]
             cell("orders", task, name, demos, seed, args, "clean", f"{first} first", extra=extra)
-            folder = train(task, name, demos, seed, args.steps, extra)
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            losses = [row["val/loss"] for row in rows if "val/loss" in row and row["step"] <= args.steps // 2]
-            found = read()
-            found.setdefault("order_losses", {})[f"{task} {demos} s{seed} {args.steps} {first}"] = min(losses)
-            write(found)
+            only = [f"policy.encoder.use=[{first}]", f"policy.encoder.prioritised=[{first}]"]
+            metrics = train(task, "alone", demos, seed, args.steps, only) / "metrics.jsonl"
+            losses = [row["val/loss"] for row in map(json.loads, metrics.read_text().splitlines()) if "val/loss" in row]
+            with locked():
+                found = read()
+                found.setdefault("order_losses", {})[f"{task} {demos} s{seed} {first}"] = losses[-1]
+                write(found)
 
 
 def cost(args: argparse.Namespace) -> None:
@@ -253,7 +282,7 @@ def _plain(name: str) -> str:
 
 
 def _grid(
-    args: argparse.Namespace, demos: Sequence[int], arms: Sequence[str] = tuple(ARMS)
+    args: argparse.Namespace, demos: Sequence[int], arms: Sequence[str] = MAIN
 ) -> Iterator[tuple[int, int, str, str]]:
     """Yield (demonstrations, seed, task, arm): first one seed of everything."""
     for seed in args.seeds:
@@ -261,118 +290,6 @@ def _grid(
             for task in args.tasks:
                 for name in args.arms or arms:
                     yield count, seed, task, name
-
-
-def table() -> str:
-    """Return the rows as Markdown, a table for each study, task, number of demonstrations and shift."""
-    rows, lines = read()["rows"], []
-    groups = dict.fromkeys((r["study"], r["task"], r["demos"], r["shift"], r["steps"], r["n_episodes"]) for r in rows)
-    for study, task, demos, shift, steps, n in groups:
-        same = [r for r in rows if (r["study"], r["task"], r["demos"], r["shift"], r["steps"]) ==
-                (study, task, demos, shift, steps) and r["n_episodes"] == n]  # fmt: skip
-        lines += [f"**{study}: {task}, {demos} demonstrations, {shift}** ({steps} updates, {n} episodes per seed)", ""]
-        lines += ["| arm | seeds | success | 95 % | " + " | ".join(f"less {name}" for name in CONTROLS) + " |"]
-        lines += ["|---" * (4 + len(CONTROLS)) + "|"]
-        for arm, variant in dict.fromkeys((r["arm"], r["variant"]) for r in same):
-            mine = {r["seed"]: r for r in same if (r["arm"], r["variant"]) == (arm, variant)}
-            hits = sum(n - len(r["failed_seeds"]) for r in mine.values())
-            low, high = wilson_interval(hits, n * len(mine))
-            against = [
-                _less(mine, {r["seed"]: r for r in same if (r["arm"], r["variant"]) == (c, "")}) for c in CONTROLS
-            ]
-            lines.append(
-                f"| {arm} {variant} | {len(mine)} | {hits / n / len(mine):.1%} | {low:.0%}-{high:.0%} | "
-                f"{' | '.join(against)} |"
-            )
-        lines.append("")
-    lines += [
-        "**pooled, 10 and 25 demonstrations, clean**",
-        "",
-        "| | cells | episodes | points (95 %) |",
-        "|---|---|---|---|",
-    ]
-    lines += [pooled(["low_data"], (10, 25), ("clean",), arm) for arm in ("fdp", "fdp_block")]
-    for demos in ((10, 25, 50, 100), (50, 100)):
-        lines += ["", f"**pooled, {demos} demonstrations, clean**", "", pooled(["low_data"], demos, ("clean",), "fdp")]
-    return "\n".join(lines)
-
-
-def pooled(studies: Sequence[str], demos: Sequence[int], shifts: Sequence[str], arm: str, variant: str = "") -> str:
-    """Return Markdown: an arm less each control over all cells that both have, tasks and training seeds together."""
-    lines = []
-    for control in CONTROLS:
-        counts, cells = [0, 0, 0, 0], 0
-        rows = [r for r in read()["rows"] if r["demos"] in demos and r["shift"] in shifts and r["study"] in studies]
-        theirs = {_place(r): r for r in rows if (r["arm"], r["variant"]) == (control, "")}
-        for row in rows:
-            if (row["arm"], row["variant"]) == (arm, variant) and _place(row) in theirs:
-                counts = [c + f for c, f in zip(counts, _pairs(row, theirs[_place(row)]), strict=True)]
-                cells += 1
-        if cells:
-            lines.append(f"| {arm} {variant} less {control} | {cells} | {sum(counts)} | {_said(counts)} |")
-    return "\n".join(lines)
-
-
-def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("study", "task", "demos", "seed", "shift", "steps", "n_episodes"))
-
-
-def _less(mine: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]]) -> str:
-    """Return the paired difference in points, with its 95 % interval, over the training seeds that both have."""
-    counts = [0, 0, 0, 0]
-    for seed in mine.keys() & theirs.keys():
-        counts = [c + f for c, f in zip(counts, _pairs(mine[seed], theirs[seed]), strict=True)]
-    return "-" if not sum(counts) or mine == theirs else _said(counts)
-
-
-def _pairs(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Return of how many episodes both, only mine, only theirs and neither succeed."""
-    a, b = set(mine["failed_seeds"]), set(theirs["failed_seeds"])
-    return mine["n_episodes"] - len(a | b), len(b - a), len(a - b), len(a & b)
-
-
-def _said(counts: Sequence[int]) -> str:
-    low, high = paired_difference_interval(*counts)
-    return f"{100 * (counts[1] - counts[2]) / sum(counts):+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
-
-
-def plot(path: Path) -> None:
-    """Draw success by number of demonstrations, a panel per task, with Wilson intervals over all training seeds."""
-    from matplotlib.figure import Figure
-
-    rows = [r for r in read()["rows"] if r["study"] == "low_data" and not r["variant"]]
-    figure = Figure(figsize=(4 * len(TASKS), 3.6), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
-        arms = [name for name in SHOWN if any(r["task"] == task and r["arm"] == name for r in rows)]
-        for place, name in enumerate(arms):
-            mine = [r for r in rows if r["task"] == task and r["arm"] == name]
-            spots, rates, errors = [], [], []
-            for spot, demos in enumerate(DEMOS):
-                same = [r for r in mine if r["demos"] == demos]
-                if same:
-                    n = sum(r["n_episodes"] for r in same)
-                    rate = 1 - sum(len(r["failed_seeds"]) for r in same) / n
-                    low, high = wilson_interval(round(rate * n), n)
-                    spots.append(spot + 0.07 * (place - (len(arms) - 1) / 2))
-                    rates.append(100 * rate)
-                    errors.append((100 * (rate - low), 100 * (high - rate)))
-            axes.errorbar(
-                spots,
-                rates,
-                [list(e) for e in zip(*errors, strict=True)],
-                fmt="o-",
-                ms=4,
-                lw=1,
-                color=f"C{SHOWN.index(name)}",
-                label=name,
-            )
-        axes.set_xticks(range(len(DEMOS)), [str(demos) for demos in DEMOS])
-        axes.set(title=task, xlabel="demonstrations", xlim=(-0.5, len(DEMOS) - 0.5), ylim=(-3, 103))
-    figure.axes[0].set_ylabel("success, %")
-    pairs = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    found = {label: handle for handle, label in pairs}
-    figure.legend(found.values(), found, loc="outside lower center", ncols=len(found), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
 
 
 @contextlib.contextmanager
@@ -400,7 +317,7 @@ STUDIES = {"low_data": low_data, "shifts": shifts, "weights": weights, "orders":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=[*STUDIES, "table", "plot"])
+    parser.add_argument("study", choices=[*STUDIES])
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--demos", nargs="+", type=int, default=[])
     parser.add_argument("--arms", nargs="+", default=[], choices=list(ARMS))
@@ -410,12 +327,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="updates, of both stages together")
     parser.add_argument("--rounds", type=int, default=30, help="of cost")
     args = parser.parse_args()
-    if args.study == "table":
-        print(table())
-    elif args.study == "plot":
-        plot(ROWS.with_name("fdp_low_data.png"))
-    else:
-        STUDIES[args.study](args)
+    STUDIES[args.study](args)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python scripts/study_rgb.py cost       # pictures per second, megabytes, ms per training step and per plan
     python scripts/study_rgb.py shifts     # success of every arm, clean and with disturbed pictures
-    python scripts/study_rgb.py table      # the finished rows as Markdown
+    python scripts/study_rgb.py table      # the finished rows: docs/rgb_tables.md
 
 Needs `robopolicy collect task=push_cube_rgb`. Every arm is trained on the
 same demonstrations for the same number of updates, both stages of fdp counted. Every cell is the same episodes (seeds
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -26,12 +27,12 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from study_fdp_tables import difference, grid
 
 from robopolicy import atomic
 from robopolicy.app import composing
 from robopolicy.app.build import build_policy
 from robopolicy.data import batches, load_demonstrations
-from robopolicy.evaluation.statistics import paired_difference_interval, wilson_interval
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs" / "rgb.json"
@@ -55,12 +56,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "diffusion": ("policy=diffusion", *MLP),
 }
 """All of the first four have the same noise on `proprio`; `diffusion_noise` is joint conditioning."""
-JOINT = "diffusion_noise"
 SHIFTS = (
     "",
-    "camera_occlusion:1",
-    "camera_occlusion:2",
-    "camera_occlusion:3",
+    *(f"camera_occlusion:{level}" for level in (1, 2, 3)),
+    *(f"camera_distractors:{level}" for level in (1, 2, 3)),
     "camera_brightness:2",
     "camera_colour:2",
     "dropout_camera:3",
@@ -83,11 +82,11 @@ def write(kind: str, row: dict[str, Any]) -> None:
 
 
 # ---- success ---------------------------------------------------------------------------------------------------------
-def train(arm: str, args: argparse.Namespace) -> Path:
+def train(arm: str, seed: int, args: argparse.Namespace) -> Path:
     """Return the run folder of an arm, trained if it was not."""
     from robopolicy.app import train as verb
 
-    run = f"{arm}-{args.demos}-s{args.seed}-{args.steps}x{args.batch}"
+    run = f"{arm}-{args.demos}-s{seed}-{args.steps}x{args.batch}"
     folder = RUNS / run
     where = [f"run={run}", f"checkpoints_dir={RUNS}"]
     if (folder / "last").exists():
@@ -95,7 +94,7 @@ def train(arm: str, args: argparse.Namespace) -> Path:
             return folder
         words = ["resume=true", *where]
     else:
-        words = [f"task={TASK}_rgb", *ARMS[arm], *where, f"seed={args.seed}", f"data.num_episodes={args.demos}"]
+        words = [f"task={TASK}_rgb", *ARMS[arm], *where, f"seed={seed}", f"data.num_episodes={args.demos}"]
         words += [f"train.num_steps={args.steps}", f"train.batch_size={args.batch}", "train.keep=1"]
         words += ["train.save_every=500", "train.warmup_steps=200"]
     if isinstance(verb.run(composing.compose("train", words)), int):
@@ -109,57 +108,53 @@ def shifts(args: argparse.Namespace) -> None:
     from robopolicy.app import eval as verb
     from robopolicy.evaluation.results import read_evaluation
 
-    for shift in args.shifts:
-        for arm in args.arms:
-            key = {"arm": arm, "shift": shift, "demos": args.demos, "seed": args.seed, "updates": args.steps}
-            key |= {"batch": args.batch, "n_episodes": args.episodes}
-            if any(all(row.get(k) == v for k, v in key.items()) for row in read()["rows"]):
-                continue
-            folder = train(arm, args)
-            name = f"study-{args.episodes}-{shift.replace(':', '_') or 'clean'}"
-            began_s = time.process_time()
-            if not (folder / "eval" / name / "eval_info.json").exists():
-                words = [f"checkpoint={folder}", f"n_episodes={args.episodes}", "stop_on_success=true"]
-                words += [f"max_episode_steps={MOST_STEPS}", f"name={name}", *([f"shift={shift}"] if shift else [])]
-                verb.run(composing.compose("eval", words))
-            rows = read_evaluation(folder / "eval" / name).rows
-            won = "".join(str(int(row["success"])) for row in rows)
-            took = {"successes": won.count("1"), "cpu_s": round(time.process_time() - began_s, 1)}
-            write("rows", key | took | {"outcomes": won})
-            print(arm, shift or "clean", took, flush=True)
+    for shift, seed, arm in itertools.product(args.shifts, args.seeds, args.arms):
+        key = {"arm": arm, "shift": shift, "demos": args.demos, "seed": seed, "updates": args.steps}
+        key |= {"batch": args.batch, "n_episodes": args.episodes}
+        if any(all(row.get(k) == v for k, v in key.items()) for row in read()["rows"]):
+            continue
+        folder = train(arm, seed, args)
+        name = f"study-{args.episodes}-{shift.replace(':', '_') or 'clean'}"
+        began_s = time.process_time()
+        if not (folder / "eval" / name / "eval_info.json").exists():
+            words = [f"checkpoint={folder}", f"n_episodes={args.episodes}", "stop_on_success=true"]
+            words += [f"max_episode_steps={MOST_STEPS}", f"name={name}", *([f"shift={shift}"] if shift else [])]
+            verb.run(composing.compose("eval", words))
+        rows = read_evaluation(folder / "eval" / name).rows
+        won = "".join(str(int(row["success"])) for row in rows)
+        took = {"successes": won.count("1"), "cpu_s": round(time.process_time() - began_s, 1)}
+        write("rows", key | took | {"outcomes": won})
+        print(arm, shift or "clean", took, flush=True)
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print one line per training seed and pictures, with the differences of the stacks to joint conditioning."""
-    rows = {(row["arm"], row["seed"], row["shift"]): row for row in read()["rows"]}
-    arms = [arm for arm in ARMS if any(one[0] == arm for one in rows)]
-    stacks = [arm for arm in arms if arm.startswith("fdp")]
-    heads = [*(f"`{arm}`" for arm in arms), *(f"`{arm}` less `{JOINT}`" for arm in stacks)]
-    print("| seed | pictures | " + " | ".join(heads) + " |")
-    print("|" + " --- |" * (len(heads) + 2))
-    for seed in sorted({one[1] for one in rows}):
-        for shift in (shift for shift in SHIFTS if any((arm, seed, shift) in rows for arm in arms)):
-            cells = [text(rows.get((arm, seed, shift))) for arm in arms]
-            joint = rows.get((JOINT, seed, shift))
-            cells += [gap(rows.get((arm, seed, shift)), joint) for arm in stacks]
-            print(f"| {seed} | {f'`{shift}`' if shift else 'clean'} | " + " | ".join(cells) + " |")
-
-
-def gap(ours: dict[str, Any] | None, joint: dict[str, Any] | None) -> str:
-    """Return the paired difference in points with its 95 % interval."""
-    if ours is None or joint is None:
-        return ""
-    pairs = list(zip(ours["outcomes"], joint["outcomes"], strict=True))
-    wins, losses = pairs.count(("1", "0")), pairs.count(("0", "1"))
-    low, high = paired_difference_interval(pairs.count(("1", "1")), wins, losses, pairs.count(("0", "0")))
-    return f"{100 * (wins - losses) / len(pairs):+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
-
-
-def text(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    low, high = wilson_interval(row["successes"], row["n_episodes"])
-    return f"{row['successes']} of {row['n_episodes']} ({100 * low:.0f} to {100 * high:.0f} %)"
+    """Write docs/rgb_tables.md: successes of each arm, a line per disturbance, and what the stacks differ by."""
+    places = ("shift", "demos", "seed", "updates", "batch", "n_episodes")
+    rows = [
+        row | {"place": tuple(row[key] for key in places)}
+        | {"failed_seeds": [n for n, outcome in enumerate(row["outcomes"]) if outcome == "0"]}
+        for row in read()["rows"]
+    ]  # fmt: skip
+    shifts = [shift for shift in SHIFTS if any(row["shift"] == shift for row in rows)]
+    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
+    lines = ["# Pictures: all rows", "", "Written by `scripts/study_rgb.py table` from `rgb.json`.", ""]
+    lines += [f"PushCube, {rows[0]['n_episodes']} episodes; successes, training seed 1 / 2.", ""]
+    body = []
+    for shift in shifts:
+        same = sorted((row for row in rows if row["shift"] == shift), key=lambda row: row["seed"])
+        cells = [" / ".join(str(row["successes"]) for row in same if row["arm"] == arm) for arm in arms]
+        body.append([f"`{shift}`" if shift else "clean", *cells])
+    lines += grid(["pictures", *(f"`{arm}`" for arm in arms)], body)
+    lines += ["Differences in points (95 % over episodes; number of training seeds).", ""]
+    for stack in (arm for arm in arms if arm.startswith("fdp")):
+        others = [arm for arm in arms if arm != stack]
+        body = []
+        for shift in shifts:
+            same = [row for row in rows if row["shift"] == shift]
+            cells = [difference(*([r for r in same if r["arm"] == name] for name in (stack, arm))) for arm in others]
+            body.append([f"`{shift}`" if shift else "clean", *cells])
+        lines += grid([f"`{stack}` less", *(f"`{arm}`" for arm in others)], body)
+    atomic.write_file(ROWS.with_name("rgb_tables.md"), ("\n".join(lines).rstrip() + "\n").encode())
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
@@ -252,7 +247,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:4])
     parser.add_argument("--shifts", nargs="+", default=list(SHIFTS))
     parser.add_argument("--demos", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--episodes", type=int, default=50)

@@ -1,0 +1,261 @@
+"""Writes the rows of study_fdp.py as tables and pictures: docs/fdp_tables.md, fdp_low_data.png, fdp_shifts.png.
+
+    python scripts/study_fdp_tables.py
+
+A difference is paired by episode. Its first interval (Newcombe, 95 %) is over episodes alone, for policies as they were
+trained; the second is Student's over the differences of cells (task, demonstrations, training seed), and covers the
+training seeds too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import ttest_1samp
+
+from robopolicy import atomic
+from robopolicy.evaluation.statistics import paired_difference_interval, wilson_interval
+
+DOCS = Path(__file__).parents[1] / "docs"
+Row = Mapping[str, Any]
+ARMS = (
+    "fdp",
+    "fdp_output",
+    "fdp_block",
+    "diffusion_noise",
+    "diffusion_wide",
+    "diffusion_half",
+    "diffusion",
+    "diffusion_dropout_10",
+    "diffusion_dropout_30",
+    "diffusion_guided",
+    "fdp_sum",
+    "diffusion_base",
+)
+STACKS = {"objects": ("fdp", "fdp_block"), "proprio": ("fdp_objects",)}
+"""Arms whose second set has the failing sensor."""
+SHOWN = ("fdp", "fdp_block", "diffusion_noise", "diffusion_wide", "diffusion_dropout_10")
+SHOWN_SHIFTS = {
+    "objects": (("fdp", ""), ("fdp", "doubt"), ("diffusion_noise", ""), ("diffusion_dropout_30", "doubt")),
+    "proprio": (
+        ("fdp_objects", ""),
+        ("fdp_objects", "doubt"),
+        ("diffusion_noise", ""),
+        ("dropout_objects_30", "doubt"),
+        ("diffusion_objects", ""),
+    ),
+}
+KINDS = ("freeze", "noise", "dropout")
+SMALL, LARGE = (10, 25), (50, 100)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+def called(row: Row) -> str:
+    return f"{row['arm']} {row['variant']}".strip()
+
+
+def place(row: Row) -> tuple[Any, ...]:
+    return row.get("place") or tuple(row[key] for key in ("task", "demos", "seed", "shift", "steps", "n_episodes"))
+
+
+def rate(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """Return success over all episodes of the rows and Wilson's interval, in percent."""
+    n = sum(row["n_episodes"] for row in rows)
+    hits = n - sum(len(row["failed_seeds"]) for row in rows)
+    low, high = wilson_interval(hits, n)
+    return 100 * hits / n, 100 * low, 100 * high
+
+
+def difference(mine: Iterable[Row], theirs: Iterable[Row]) -> str:
+    """Return mine less theirs in points with both intervals, as in the head of this file; empty without a cell."""
+    controls = {place(row): row for row in theirs}
+    counts, gaps = [0, 0, 0, 0], []
+    for row in mine:
+        if (control := controls.get(place(row))) is not None:
+            a, b, n = set(row["failed_seeds"]), set(control["failed_seeds"]), row["n_episodes"]
+            cell = (n - len(a | b), len(b - a), len(a - b), len(a & b))
+            counts = [one + other for one, other in zip(counts, cell, strict=True)]
+            gaps.append(100 * (cell[1] - cell[2]) / n)
+    if not gaps:
+        return ""
+    low, high = paired_difference_interval(*counts)
+    text = f"{statistics.fmean(gaps):+.1f} ({100 * low:+.0f} to {100 * high:+.0f}"
+    if len(gaps) > 2 and len(set(gaps)) > 1:
+        interval = ttest_1samp(gaps, 0.0).confidence_interval()
+        text += f"; {interval.low:+.0f} to {interval.high:+.0f}"
+    return f"{text}; {len(gaps)})"
+
+
+def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Return the rows with these values; a tuple stands for any of its members."""
+    return [
+        row
+        for row in rows
+        if all(row[key] in value if isinstance(value, tuple) else row[key] == value for key, value in wanted.items())
+    ]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+def grid(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *lines)] + [""]
+
+
+def success_table(rows: Sequence[Row]) -> list[str]:
+    """A line for each task and number of demonstrations, a column for each arm."""
+    lines = []
+    for task, demos in sorted({(row["task"], row["demos"]) for row in rows}):
+        same = of(rows, task=task, demos=demos)
+        line = [task, str(demos)]
+        for arm in ARMS:
+            mine = sorted(of(same, arm=arm), key=lambda row: row["seed"])
+            line.append(" / ".join(f"{100 * row['success']:.1f}" for row in mine))
+        lines.append(line)
+    return grid(["task", "demonstrations", *(f"`{arm}`" for arm in ARMS)], lines)
+
+
+def difference_table(rows: Sequence[Row], arm: str, groups: Mapping[str, Sequence[Row]]) -> list[str]:
+    """A line for each control, a column for each group of rows."""
+    lines = []
+    for control in dict.fromkeys(called(row) for row in rows if called(row) != arm):
+        cells = [difference(*([row for row in some if called(row) == name] for name in (arm, control)))
+                 for some in groups.values()]  # fmt: skip
+        if any(cells):
+            lines.append([f"`{control}`", *cells])
+    return grid([f"`{arm}` less", *groups], lines) if lines else []
+
+
+def shift_tables(rows: Sequence[Row], sensor: str) -> list[str]:
+    shifts = [f"{kind}_{sensor}:{level}" for kind in KINDS for level in (1, 2, 3)]
+    lines = []
+    for task in sorted({row["task"] for row in of(rows, shift=tuple(shifts))}):
+        lines += [f"**{task}**, 50 demonstrations; success, all training seeds", ""]
+        same = of(rows, task=task)
+        names = dict.fromkeys(called(row) for row in of(same, shift=tuple(shifts)))
+        body = []
+        for name in names:
+            mine = [row for row in same if called(row) == name]
+            seeds = {row["seed"] for row in mine}
+            cells = [of(mine, shift=shift) for shift in ("clean", *shifts)]
+            body.append([f"`{name}`", str(len(seeds)), *(f"{rate(cell)[0]:.0f}" if cell else "" for cell in cells)])
+        lines += grid(["arm", "seeds", "clean", *(shift.replace(f"_{sensor}:", " ") for shift in shifts)], body)
+    hard = {f"{kind} 3": of(rows, shift=f"{kind}_{sensor}:3") for kind in KINDS}
+    third = [row for some in hard.values() for row in some]
+    for arm in (name for name in dict.fromkeys(map(called, third)) if name.split()[0] in STACKS[sensor]):
+        lines += difference_table(third, arm, hard)
+    return lines
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    rows = found["rows"]
+    clean = of(rows, study="low_data", variant="", shift="clean", n_episodes=200, arm=ARMS)
+    lines = ["# Factorised policies: all rows", ""]
+    lines += [
+        "Written by `scripts/study_fdp_tables.py` from `fdp.json`; what the arms are is in `scripts/study_fdp.py`.",
+        "",
+    ]
+    lines += ["## Few demonstrations", "", "Success in percent of 200 episodes, training seed 1 / 2.", ""]
+    lines += success_table(clean)
+    chose = {("pick_cube", 25, 1), ("push_cube", 10, 1)}
+    others = [row for row in clean if (row["task"], row["demos"], row["seed"]) not in chose]
+    groups = {"10 and 25": of(clean, demos=SMALL), "50 and 100": of(clean, demos=LARGE)}
+    lines += ["Differences in points (95 % over episodes; 95 % over cells; number of cells).", ""]
+    for arm in ("fdp", "fdp_block", "fdp_output"):
+        more = {"10 and 25, without the cells that chose it": of(others, demos=SMALL)} if arm == "fdp" else {}
+        lines += difference_table(clean, arm, groups | more)
+    for demos in (*SMALL, *LARGE):
+        by_task = {f"{task}, {demos}": of(clean, task=task, demos=demos) for task in sorted({r["task"] for r in clean})}
+        lines += difference_table(clean, "fdp", by_task)
+    shifted = of(rows, study="shifts", demos=50)
+    for sensor in STACKS:
+        lines += [f"## Failing `{sensor}`", "", *shift_tables(shifted, sensor)]
+    if weights := of(rows, study="weights"):
+        lines += ["## Residual weight", ""]
+        lines += grid(["task", "demonstrations", "seed", "arm", "w", "success"], (
+            [r["task"], str(r["demos"]), str(r["seed"]), f"`{r['arm']}`", r["variant"][2:], f"{100 * r['success']:.1f}"]
+            for r in weights
+        ))  # fmt: skip
+    if order := of(rows, study="orders"):
+        lines += ["## Order", "", "Held-out loss of the first modality alone after a quarter of the updates.", ""]
+        body = []
+        for row in order:
+            first = row["variant"].split()[0]
+            loss = found["order_losses"].get(f"{row['task']} {row['demos']} s{row['seed']} {first}", math.nan)
+            body.append(
+                [row["task"], str(row["demos"]), str(row["seed"]), first, f"{loss:.4f}", f"{100 * row['success']:.1f}"]
+            )
+        lines += grid(["task", "demonstrations", "seed", "first", "loss", "success"], body)
+    return "\n".join(lines)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+def bars(axes: Any, lines: Mapping[str, Sequence[Sequence[Row]]], ticks: Sequence[str]) -> None:
+    """Draw a line per name, a point per list of rows with its Wilson interval."""
+    for number, (name, points) in enumerate(lines.items()):
+        shift = 0.07 * (number - (len(lines) - 1) / 2)
+        there = [(spot + shift, *rate(point)) for spot, point in enumerate(points) if point]
+        if there:
+            x, y, low, high = zip(*there, strict=True)
+            errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+            axes.errorbar(x, y, errors, fmt="o-", ms=4, lw=1, color=f"C{number}", label=name)
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set(xlim=(-0.5, len(ticks) - 0.5), ylim=(-3, 103))
+
+
+def save(figure: Any, path: Path) -> None:
+    found = dict(pair[::-1] for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True))
+    figure.legend(
+        found.values(), found, loc="outside lower center", ncols=min(len(found), 5), frameon=False, fontsize=8
+    )
+    figure.savefig(path, dpi=110)
+
+
+def draw_low_data(rows: Sequence[Row], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    tasks = sorted({row["task"] for row in rows})
+    figure = Figure(figsize=(4 * len(tasks), 3.6), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), sharey=True), tasks, strict=True):
+        lines = {arm: [of(rows, task=task, arm=arm, demos=demos) for demos in (*SMALL, *LARGE)] for arm in SHOWN}
+        bars(axes, lines, [str(demos) for demos in (*SMALL, *LARGE)])
+        axes.set(title=task, xlabel="demonstrations")
+    figure.axes[0].set_ylabel("success, %")
+    save(figure, path)
+
+
+def draw_shifts(rows: Sequence[Row], sensor: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    tasks = sorted({row["task"] for row in rows if f"_{sensor}:" in row["shift"]})
+    figure = Figure(figsize=(10, 2.6 * len(tasks) + 0.8), layout="constrained")
+    panels = figure.subplots(len(tasks), len(KINDS), sharey=True, squeeze=False)
+    for line, task in zip(panels, tasks, strict=True):
+        for axes, kind in zip(line, KINDS, strict=True):
+            shifts = ["clean", *(f"{kind}_{sensor}:{level}" for level in (1, 2, 3))]
+            same = of(rows, task=task)
+            lines = {
+                f"{arm} {variant}".strip(): [of(same, arm=arm, variant=variant, shift=shift) for shift in shifts]
+                for arm, variant in SHOWN_SHIFTS[sensor]
+            }
+            bars(axes, lines, ["clean", "1", "2", "3"])
+            axes.set(title=f"{task}: {kind} {sensor}")
+        line[0].set_ylabel("success, %")
+    save(figure, path)
+
+
+def main() -> None:
+    found = json.loads((DOCS / "fdp.json").read_text())
+    atomic.write_file(DOCS / "fdp_tables.md", (tables(found).rstrip() + "\n").encode())
+    draw_low_data(of(found["rows"], study="low_data", variant="", n_episodes=200), DOCS / "fdp_low_data.png")
+    shifted = of(found["rows"], study="shifts", demos=50)
+    for sensor, name in (("objects", "fdp_shifts.png"), ("proprio", "fdp_shifts_proprio.png")):
+        if any(f"_{sensor}:" in row["shift"] for row in shifted):
+            draw_shifts(shifted, sensor, DOCS / name)
+
+
+if __name__ == "__main__":
+    main()
