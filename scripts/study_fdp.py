@@ -175,10 +175,11 @@ def cell(
     where = Path(verb.run_one(composing.compose("eval", words), quiet=True, keep=True)["folder"])
     episodes = [json.loads(line) for line in (where / "episodes.jsonl").read_text().splitlines()]
     failed = [e["seed"] for e in episodes if not e["success"]]
-    said = [e["diagnostics"].get("missing_objects") for e in episodes if e.get("diagnostics")]
     row = {**key, "success": 1 - len(failed) / len(episodes), "failed_seeds": failed}
-    if said := [value for value in said if value is not None]:
-        row["missing_objects"] = round(statistics.fmean(said), 4)
+    for name in ("missing_objects", "missing_proprio"):
+        said = [e["diagnostics"][name] for e in episodes if name in (e.get("diagnostics") or {})]
+        if said:
+            row[name] = round(statistics.fmean(said), 4)
     with locked():
         found = read()
         found["rows"].append(row)

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
 
 from robopolicy.errors import RobopolicyError
 from robopolicy.nn.layers import ahead
 from robopolicy.nn.screen import ModalityScreen
-from robopolicy.policies.base import Policy
+from robopolicy.policies.base import Policy, mean_square
 from robopolicy.rng import Rng, randint, randn
 from robopolicy.sampling.prediction import Prediction, check_prediction, target
 from robopolicy.sampling.samplers import Sampler, Step, combine, run_steps
@@ -108,9 +108,7 @@ class DiffusionPolicy(Policy):
         wanted = target(self.prediction, clean, noise, signal, sigma)
         if self.loss_on_padding:
             return F.mse_loss(output, wanted)
-        error = reduce((output - wanted).square(), "b h a -> b h", "mean")
-        inside = (~batch.is_pad).to(error.dtype)
-        return (error * inside).sum() / inside.sum().clamp_min(1.0)
+        return mean_square(output - wanted, ~batch.is_pad)
 
     def act(
         self,
