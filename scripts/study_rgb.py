@@ -41,11 +41,20 @@ TASK = "push_cube"
 MOST_STEPS = 60
 MLP = ("policy.network.width=256", "policy.network.cond_width=128")
 STACKS = ("policy.network.network.width=256", "policy.network.network.cond_width=128")
+AUGMENTED = ("policy.encoder.image.erase=0.5", "policy.encoder.image.jitter=0.3")
 ARMS: dict[str, tuple[str, ...]] = {
     "diffusion_noise": ("policy=diffusion_dropout", "policy.encoder.screen.dropout=0", *MLP),
     "diffusion_dropout": ("policy=diffusion_dropout", *MLP),
     "fdp": ("policy=fdp", *STACKS),
     "fdp_block": ("policy=fdp", "policy.network.composition=block", "train.stages=[0.2,0.8]", *STACKS),
+    "diffusion_wide": (
+        "policy=diffusion_dropout",
+        "policy.encoder.screen.dropout=0",
+        "policy.network.width=390",
+        "policy.network.cond_width=192",
+    ),
+    "diffusion_augmented": ("policy=diffusion_dropout", "policy.encoder.screen.dropout=0", *MLP, *AUGMENTED),
+    "fdp_augmented": ("policy=fdp", *STACKS, *(word.replace("encoder.", "encoder.encoder.") for word in AUGMENTED)),
     "diffusion_base": (
         "policy=diffusion_dropout",
         "policy.encoder.screen.dropout=0",
@@ -55,7 +64,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "diffusion_rgb": ("policy=diffusion_rgb", *MLP),
     "diffusion": ("policy=diffusion", *MLP),
 }
-"""All of the first four have the same noise on `proprio`; `diffusion_noise` is joint conditioning."""
+"""All of the first seven have the same noise on `proprio`; `diffusion_noise` is joint conditioning."""
 SHIFTS = (
     "",
     *(f"camera_occlusion:{level}" for level in (1, 2, 3)),
@@ -245,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cost", "shifts", "table"))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:4])
-    parser.add_argument("--shifts", nargs="+", default=list(SHIFTS))
+    parser.add_argument("--shifts", nargs="+", type=lambda word: "" if word == "clean" else word, default=list(SHIFTS))
     parser.add_argument("--demos", type=int, default=100)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", type=int, default=1500)

@@ -12,7 +12,14 @@ from torch import nn
 
 from robopolicy.nn.dit import ChunkDiT
 from robopolicy.nn.encoder import ObservationEncoder
-from robopolicy.nn.image import ImageEncoder, centre_crop, random_crop, spatial_softmax
+from robopolicy.nn.image import (
+    ImageEncoder,
+    centre_crop,
+    erase_rectangles,
+    random_crop,
+    scale_channels,
+    spatial_softmax,
+)
 from robopolicy.nn.layers import MOST_ROWS_AHEAD, SinusoidalEmbedding, ahead
 from robopolicy.nn.mlp import ChunkMLP
 from robopolicy.nn.unet import ChunkUNet
@@ -203,6 +210,51 @@ def test_random_crops_follow_their_generators():
         return random_crop(images[rows], (8, 8), [torch.Generator().manual_seed(row) for row in rows])
 
     assert torch.equal(crop([0, 1, 2, 3])[2:], crop([2, 3]))
+
+
+def test_erasing_covers_a_rectangle_of_one_colour_in_a_share_of_the_rows():
+    images = torch.full((1000, 2, 3, 40, 60), 0.123)
+    erased = erase_rectangles(images, 0.5, generator=torch.Generator().manual_seed(0))
+    covered = (erased != 0.123).all(dim=2)  # [B, O, Y, X]
+    rows = covered.flatten(1).any(dim=1)
+    assert rows.float().mean() == pytest.approx(0.5, abs=0.04)
+    assert torch.equal(covered[:, 0], covered[:, 1])
+    area = covered[rows, 0].float().mean(dim=(1, 2))
+    assert 0.01 < area.min() < 0.03
+    assert 0.30 < area.max() < 0.36
+    assert area.mean() == pytest.approx(0.175, abs=0.01)
+    one = covered[rows, 0]
+    assert torch.equal(one, one.any(dim=2)[:, :, None] & one.any(dim=1)[:, None, :])  # rectangles
+    for number in rows.nonzero().flatten()[:20].tolist():
+        colours = erased[number].permute(0, 2, 3, 1)[covered[number]]
+        assert torch.equal(colours, colours[:1].expand_as(colours))
+    assert torch.equal(erase_rectangles(images[:5], 0.0), images[:5])
+
+
+def test_channels_are_scaled_from_black_and_alike_within_a_window():
+    images = torch.rand(64, 2, 3, 4, 4) * 0.6 - 0.9
+    scaled = scale_channels(images, 0.3, generator=torch.Generator().manual_seed(0))
+    factors = ((scaled + 1) / (images + 1)).movedim(2, 1).flatten(2)  # [B, C, O Y X]
+    torch.testing.assert_close(factors, factors[..., :1].expand_as(factors))
+    assert 0.7 < factors.min() < 0.75
+    assert 1.25 < factors.max() < 1.3
+    assert factors[..., 0].std(dim=1).min() > 0
+    torch.testing.assert_close(scale_channels(images, 0.0), images)
+
+
+def test_augmentation_follows_its_generators_and_ends_with_training():
+    encoder = ImageEncoder((3, 24, 24), crop_fraction=1, erase=0.9, jitter=0.3)
+    images = torch.rand(4, 1, 3, 24, 24)
+
+    def features(rows):
+        return encoder(images[rows], generator=[torch.Generator().manual_seed(row) for row in rows])
+
+    torch.testing.assert_close(features([0, 1, 2, 3])[2:], features([2, 3]))
+    assert not torch.equal(encoder(images), encoder(images))
+    encoder.eval()
+    assert torch.equal(encoder(images), encoder(images))
+    with pytest.raises(ValueError, match=r"erase must be in \[0, 1\] and jitter in \[0, 1\); got 2 and 0"):
+        ImageEncoder((3, 24, 24), erase=2)
 
 
 def test_image_encoder_crops_at_random_only_in_training():

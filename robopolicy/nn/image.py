@@ -17,13 +17,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from robopolicy.rng import Rng, randint
+from robopolicy.rng import Rng, rand, randint
 
 SHARPNESS = 16.0
 """What a map is multiplied with before its softmax. At 1 all keypoints of an untrained network lie in the middle of
 every picture, and a policy has learned its demonstrations by heart before they begin to move."""
 GAIN = 5.0
 """Of the last layer's initial weights: features of different pictures then differ by as much as states do."""
+ERASED = (0.02, 0.33)
+"""Area of an erased rectangle over that of the crop."""
 STEM_PX = 32
 """The first layer's stride is such that its maps are at most this wide: the cost does not grow with the image."""
 
@@ -31,9 +33,19 @@ STEM_PX = 32
 class ImageEncoder(nn.Module):
     """Images [B, O, C, Y, X] in [-1, 1] -> features [B, O, out_dim].
 
-    `crop_fraction` is the side of the crop over the side of the image; 1 switches cropping off. All images of a
-    window are cropped alike, so that motion between them stays visible. Every second block halves the maps, the first
-    one too: with three widths the maps of a 64 x 64 image are 29, 15 and 15 wide.
+    All images of a window are cropped, erased and coloured alike, so that motion between them stays visible. Every
+    second block halves the maps, the first one too: with three widths the maps of a 64 x 64 image are 29, 15 and 15
+    wide.
+
+    Args:
+        shape: of an image, (C, Y, X).
+        out_dim: size of the features.
+        widths: channels of the stem and of each block.
+        num_keypoints: maps in the spatial softmax.
+        crop_fraction: side of the crop over the side of the image; 1 for no cropping.
+        erase: share of the training rows in which a rectangle of one random colour covers 2 to 33 % of the crop (random
+            erasing, arXiv:1708.04896).
+        jitter: in training, each channel is scaled by a factor of its own, uniform in 1 - jitter to 1 + jitter.
     """
 
     def __init__(
@@ -44,10 +56,15 @@ class ImageEncoder(nn.Module):
         widths: Sequence[int] = (16, 32, 32),
         num_keypoints: int = 32,
         crop_fraction: float = 0.9,
+        erase: float = 0.0,
+        jitter: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0.0 < crop_fraction <= 1.0:
             raise ValueError(f"crop_fraction must be in (0, 1]; got {crop_fraction}.")
+        if not (0.0 <= erase <= 1.0 and 0.0 <= jitter < 1.0):
+            raise ValueError(f"erase must be in [0, 1] and jitter in [0, 1); got {erase} and {jitter}.")
+        self.erase, self.jitter = erase, jitter
         channels, height, width = (int(s) for s in shape)
         self.out_dim = out_dim
         self.size = (height, width)
@@ -74,6 +91,10 @@ class ImageEncoder(nn.Module):
             corners = random_corners(len(images), self.size, self.crop, generator=generator, device=images.device)
             images = cut(images, corners, self.crop)
             corners = corners.repeat_interleave(steps, dim=0)
+            if self.jitter:
+                images = scale_channels(images, self.jitter, generator=generator)
+            if self.erase:
+                images = erase_rectangles(images, self.erase, generator=generator)
         else:
             images = centre_crop(images, self.crop)
             top, left = ((have - want) // 2 for have, want in zip(self.size, self.crop, strict=True))
@@ -152,6 +173,34 @@ def cut(images: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
     batch = torch.arange(len(images), device=device)
     pieces = images[batch[:, None, None], :, :, rows[:, :, None], columns[:, None, :]]
     return rearrange(pieces, "b y x o c -> b o c y x")
+
+
+def scale_channels(images: Tensor, size: float, *, generator: Rng = None) -> Tensor:
+    """Return `images` [B, O, C, Y, X] in [-1, 1], channels scaled from black by 1 - size to 1 + size in each row."""
+    drawn = rand(len(images), images.shape[2], generator=generator, device=images.device)
+    factors = rearrange(1 + size * (2 * drawn - 1), "b c -> b 1 c 1 1")
+    return ((images + 1) * factors - 1).clamp(-1, 1)
+
+
+def erase_rectangles(images: Tensor, share: float, *, generator: Rng = None) -> Tensor:
+    """Return `images` [B, O, C, Y, X] in [-1, 1] with a rectangle of one colour in a `share` of the rows.
+
+    Random erasing (Zhong et al. 2017, arXiv:1708.04896): sides between 3 to 10 and 10 to 3, here one colour and always
+    whole inside the image.
+    """
+    batch, _, channels, height, width = images.shape
+    drawn = rand(batch, 5 + channels, generator=generator, device=images.device)
+    chosen, area, ratio, top, left = drawn[:, :5].unbind(dim=1)
+    area = ERASED[0] + (ERASED[1] - ERASED[0]) * area
+    ratio = (10 / 3) ** (2 * ratio - 1)
+    tall, wide = (height * (area * ratio).sqrt()).clamp(max=height), (width * (area / ratio).sqrt()).clamp(max=width)
+    top, left = top * (height - tall), left * (width - wide)
+    y = torch.arange(height, device=images.device) + 0.5
+    x = torch.arange(width, device=images.device) + 0.5
+    rows = (y >= top[:, None]) & (y < (top + tall)[:, None]) & (chosen < share)[:, None]
+    columns = (x >= left[:, None]) & (x < (left + wide)[:, None])
+    inside = rearrange(rows, "b y -> b 1 1 y 1") & rearrange(columns, "b x -> b 1 1 1 x")
+    return torch.where(inside, rearrange(2 * drawn[:, 5:] - 1, "b c -> b 1 c 1 1"), images)
 
 
 def in_whole_image(points: Tensor, corners: Tensor, maps: Sequence[int], stride: int, image: tuple[int, int]) -> Tensor:
