@@ -37,7 +37,7 @@ ARMS = (
     "fdp_sum",
     "diffusion_base",
 )
-STACKS = {"objects": ("fdp", "fdp_block"), "proprio": ("fdp_objects",)}
+STACKS = {"objects": ("fdp",), "proprio": ("fdp_objects",)}
 """Arms whose second set has the failing sensor."""
 SHOWN = ("fdp", "fdp_block", "diffusion_noise", "diffusion_wide", "diffusion_dropout_10")
 SHOWN_SHIFTS = {
@@ -145,8 +145,9 @@ def shift_tables(rows: Sequence[Row], sensor: str) -> list[str]:
         lines += grid(["arm", "seeds", "clean", *(shift.replace(f"_{sensor}:", " ") for shift in shifts)], body)
     hard = {f"{kind} 3": of(rows, shift=f"{kind}_{sensor}:3") for kind in KINDS}
     third = [row for some in hard.values() for row in some]
-    for arm in (name for name in dict.fromkeys(map(called, third)) if name.split()[0] in STACKS[sensor]):
-        lines += difference_table(third, arm, hard)
+    for arm in STACKS[sensor]:
+        for name in (arm, f"{arm} doubt"):
+            lines += difference_table(third, name, hard)
     return lines
 
 

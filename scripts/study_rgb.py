@@ -2,7 +2,7 @@
 
     python scripts/study_rgb.py cost       # pictures per second, megabytes, ms per training step and per plan
     python scripts/study_rgb.py shifts     # success of every arm, clean and with disturbed pictures
-    python scripts/study_rgb.py table      # the finished rows: docs/rgb_tables.md
+    python scripts/study_rgb.py table      # the finished rows: docs/rgb_tables.md and docs/rgb_shifts.png
 
 Needs `robopolicy collect task=push_cube_rgb`. Every arm is trained on the
 same demonstrations for the same number of updates, both stages of fdp counted. Every cell is the same episodes (seeds
@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from study_fdp_tables import difference, grid
+from study_fdp_tables import bars, difference, grid, save
 
 from robopolicy import atomic
 from robopolicy.app import composing
@@ -65,6 +65,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "diffusion": ("policy=diffusion", *MLP),
 }
 """All of the first seven have the same noise on `proprio`; `diffusion_noise` is joint conditioning."""
+DRAWN = ("fdp", "diffusion_noise", "diffusion_wide", "diffusion_dropout", "diffusion_augmented", "fdp_augmented")
 SHIFTS = (
     "",
     *(f"camera_occlusion:{level}" for level in (1, 2, 3)),
@@ -144,17 +145,40 @@ def table(args: argparse.Namespace) -> None:
         | {"failed_seeds": [n for n, outcome in enumerate(row["outcomes"]) if outcome == "0"]}
         for row in read()["rows"]
     ]  # fmt: skip
+    lines = ["# Pictures: all rows", "", "Written by `scripts/study_rgb.py table` from `rgb.json`.", ""]
+    lines += ["PushCube, 64 x 64, 100 demonstrations. Successes of 50 episodes, training seed 1 / 2; differences in"]
+    lines += ["points (95 % over episodes; number of training seeds).", ""]
+    for updates in sorted({row["updates"] for row in rows}):
+        lines += [f"## {updates:,} updates", "", *tables([row for row in rows if row["updates"] == updates])]
+    atomic.write_file(ROWS.with_name("rgb_tables.md"), ("\n".join(lines).rstrip() + "\n").encode())
+    draw([row for row in rows if row["updates"] == args.steps], ROWS.with_name("rgb_shifts.png"))
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    kinds = ("camera_occlusion", "camera_distractors")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True), kinds, strict=True):
+        shifts = ["", *(f"{kind}:{level}" for level in (1, 2, 3))]
+        lines = {
+            arm: [[r for r in rows if (r["arm"], r["shift"]) == (arm, shift)] for shift in shifts] for arm in DRAWN
+        }
+        bars(axes, lines, ["clean", "1", "2", "3"])
+        axes.set(title=kind, xlabel="level")
+    figure.axes[0].set_ylabel("success, %")
+    save(figure, path)
+
+
+def tables(rows: list[dict[str, Any]]) -> list[str]:
+    lines, body = [], []
     shifts = [shift for shift in SHIFTS if any(row["shift"] == shift for row in rows)]
     arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
-    lines = ["# Pictures: all rows", "", "Written by `scripts/study_rgb.py table` from `rgb.json`.", ""]
-    lines += [f"PushCube, {rows[0]['n_episodes']} episodes; successes, training seed 1 / 2.", ""]
-    body = []
     for shift in shifts:
         same = sorted((row for row in rows if row["shift"] == shift), key=lambda row: row["seed"])
         cells = [" / ".join(str(row["successes"]) for row in same if row["arm"] == arm) for arm in arms]
         body.append([f"`{shift}`" if shift else "clean", *cells])
     lines += grid(["pictures", *(f"`{arm}`" for arm in arms)], body)
-    lines += ["Differences in points (95 % over episodes; number of training seeds).", ""]
     for stack in (arm for arm in arms if arm.startswith("fdp")):
         others = [arm for arm in arms if arm != stack]
         body = []
@@ -163,7 +187,7 @@ def table(args: argparse.Namespace) -> None:
             cells = [difference(*([r for r in same if r["arm"] == name] for name in (stack, arm))) for arm in others]
             body.append([f"`{shift}`" if shift else "clean", *cells])
         lines += grid([f"`{stack}` less", *(f"`{arm}`" for arm in others)], body)
-    atomic.write_file(ROWS.with_name("rgb_tables.md"), ("\n".join(lines).rstrip() + "\n").encode())
+    return lines
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
