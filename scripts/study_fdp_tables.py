@@ -147,7 +147,7 @@ def shift_tables(rows: Sequence[Row], sensor: str) -> list[str]:
     third = [row for some in hard.values() for row in some]
     for arm in STACKS[sensor]:
         for name in (arm, f"{arm} doubt"):
-            lines += difference_table(third, name, hard)
+            lines += difference_table(third, name, hard | {"all three": third})
     return lines
 
 
