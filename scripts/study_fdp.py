@@ -111,6 +111,13 @@ ARMS = {
     "dropout_objects_30": Arm(
         policy="diffusion_dropout", overrides=(*MLP, NOISE, OBJECTS_STAY), variants={"doubt": (DOUBT,)}
     ),
+    # for failing objects on PushCube, whose goal lies at a fixed distance from the cube's start
+    "fdp_goal": Arm(
+        policy="fdp",
+        overrides=(*STACKS, NOISE, "policy.encoder.order=[[proprio,goal]]", "train.stages=[0.5,0.5]"),
+        variants={"doubt": (DOUBT,)},
+    ),
+    "diffusion_goal": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL, "policy.encoder.use=[proprio,goal]")),
     "diffusion_objects": Arm(
         policy="diffusion_dropout", overrides=(*MLP, *FULL, "policy.encoder.use=[objects]", OBJECTS_STAY)
     ),
