@@ -117,6 +117,16 @@ ARMS = {
         overrides=(*STACKS, NOISE, "policy.encoder.order=[[proprio,goal]]", "train.stages=[0.5,0.5]"),
         variants={"doubt": (DOUBT,)},
     ),
+    "dropout_goal_30": Arm(
+        policy="diffusion_dropout",
+        overrides=(*MLP, NOISE, "policy.encoder.prioritised=[proprio,goal]"),
+        variants={"doubt": (DOUBT,)},
+    ),
+    "dropout_goal_10": Arm(
+        policy="diffusion_dropout",
+        overrides=(*MLP, NOISE, "policy.encoder.screen.dropout=0.1", "policy.encoder.prioritised=[proprio,goal]"),
+        variants={"doubt": (DOUBT,)},
+    ),
     "diffusion_goal": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL, "policy.encoder.use=[proprio,goal]")),
     "diffusion_objects": Arm(
         policy="diffusion_dropout", overrides=(*MLP, *FULL, "policy.encoder.use=[objects]", OBJECTS_STAY)

@@ -37,11 +37,17 @@ ARMS = (
     "fdp_sum",
     "diffusion_base",
 )
-STACKS = {"objects": ("fdp",), "proprio": ("fdp_objects",)}
+STACKS = {"objects": ("fdp", "fdp_goal"), "proprio": ("fdp_objects",)}
 """Arms whose second set has the failing sensor."""
 SHOWN = ("fdp", "fdp_block", "diffusion_noise", "diffusion_wide", "diffusion_dropout_10")
 SHOWN_SHIFTS = {
-    "objects": (("fdp", ""), ("fdp", "doubt"), ("diffusion_noise", ""), ("diffusion_dropout_30", "doubt")),
+    "objects": (
+        ("fdp", ""),
+        ("fdp", "doubt"),
+        ("diffusion_noise", ""),
+        ("diffusion_dropout_30", "doubt"),
+        ("fdp_goal", "doubt"),
+    ),
     "proprio": (
         ("fdp_objects", ""),
         ("fdp_objects", "doubt"),
@@ -146,8 +152,10 @@ def shift_tables(rows: Sequence[Row], sensor: str) -> list[str]:
     hard = {f"{kind} 3": of(rows, shift=f"{kind}_{sensor}:3") for kind in KINDS}
     third = [row for some in hard.values() for row in some]
     for arm in STACKS[sensor]:
+        tasks = {row["task"] for row in third if row["arm"] == arm}
+        groups = {label: of(some, task=tuple(tasks)) for label, some in (hard | {"all three": third}).items()}
         for name in (arm, f"{arm} doubt"):
-            lines += difference_table(third, name, hard | {"all three": third})
+            lines += difference_table(third, name, groups)
     return lines
 
 
