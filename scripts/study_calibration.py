@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study_rti import FIRST_SEED, NUM_ENVS, environment
 
-from robopolicy import envs
 from robopolicy.app import calibrate, composing
 from robopolicy.app.build import UNCALIBRATED, build_planner, build_policy
 from robopolicy.atomic import write_file
@@ -28,7 +28,7 @@ from robopolicy.training import checkpoint
 
 ROWS = Path(__file__).parents[1] / "docs" / "rti_calibration.json"
 KEPT = Path("outputs") / "calibration"
-FIRST_SEED, NUM_EPISODES, NUM_ENVS = 10_000, 200, 50
+NUM_EPISODES = 200
 
 
 def run(name: str) -> dict[str, Any]:
@@ -40,13 +40,7 @@ def run(name: str) -> dict[str, Any]:
     kept = ("warm_start", "why", "remaining", "two_modes", "dimensions", "discrete_at_other_end")
     row: dict[str, Any] = {"run": Path(name).name, **{key: found[key] for key in kept}}
     loaded = checkpoint.load(name, build_policy)
-    env = envs.make(
-        loaded.spec.name,
-        num_envs=NUM_ENVS,
-        backend="cpu",
-        control_mode=loaded.spec.action.control_mode,
-        max_episode_steps=loaded.spec.max_episode_steps,
-    )
+    env = environment(loaded)
     row["default"] = _studied(row["run"])
     for arm, levels in (("default", UNCALIBRATED["timesteps"]), ("calibrated", found["warm_start"]["timesteps"])):
         if row.get(arm):

@@ -22,10 +22,9 @@ import numpy as np
 import torch
 from mani_skill.utils.structs.pose import Pose
 from scipy import stats
-from study_rti import FIRST_SEED, NUM_ENVS, Arm, load, planner, rti
+from study_rti import FIRST_SEED, NUM_ENVS, Arm, environment, load, planner, rti
 from torch import Tensor
 
-from robopolicy import envs
 from robopolicy.atomic import write_file
 from robopolicy.envs.shifts_physical import Physical
 from robopolicy.evaluation.rollout import evaluate
@@ -87,13 +86,7 @@ def run(name: str, period: int) -> dict[str, Any]:
     """Evaluate one arm; return its row."""
     loaded = load(RUN)
     steps = FIRST_STEP + NUM_GOALS * period
-    env = envs.make(
-        "pick_cube",
-        num_envs=NUM_ENVS,
-        backend="cpu",
-        control_mode=loaded.spec.action.control_mode,
-        max_episode_steps=steps,
-    )
+    env = environment(loaded, steps)
     chase = Chase(env, period)
     arm = ARMS[name]
     plans, settings = planner(arm, loaded)

@@ -55,6 +55,9 @@ STACKS = ("policy.network.network.width=256", "policy.network.network.cond_width
 NOISE = "policy.encoder.screen.noise.proprio=0.1"
 NO_NOISE = "policy.encoder.screen.noise.proprio=0"
 QUARTER = "train.stages=[0.25,0.75]"
+HALF = "train.stages=[0.5,0.5]"
+DOUBTED = {"doubt": (DOUBT,)}
+GOAL_STAYS = "policy.encoder.prioritised=[proprio,goal]"
 OBJECTS_STAY = "policy.encoder.prioritised=[objects,goal]"
 BLOCK = ("policy.network.composition=block",)
 
@@ -73,64 +76,51 @@ class Arm:
 
 FULL = ("policy.encoder.screen.dropout=0", NOISE)
 """Of diffusion_dropout: nothing is dropped, proprioception is as noisy in training as that of fdp."""
+
+
+def joint(*overrides: str, share: float = 1.0) -> Arm:
+    """Return joint conditioning with the noise of fdp."""
+    return Arm(policy="diffusion_dropout", overrides=(*FULL, *overrides), share=share)
+
+
+def dropped(percent: int, *overrides: str) -> Arm:
+    """Return joint conditioning that does without what is not prioritised in so many training rows."""
+    share = f"policy.encoder.screen.dropout={percent / 100}"
+    return Arm(policy="diffusion_dropout", overrides=(*MLP, NOISE, share, *overrides), variants=DOUBTED)
+
+
+def stacks(*overrides: str, policy: str = "fdp") -> Arm:
+    return Arm(policy=policy, overrides=(*STACKS, NOISE, *overrides), variants=DOUBTED)
+
+
 ARMS = {
     "diffusion": Arm(policy="diffusion", overrides=MLP),
-    "diffusion_noise": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL)),
-    "diffusion_half": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL), share=0.5),
-    "diffusion_wide": Arm(
-        policy="diffusion_dropout", overrides=("policy.network.width=390", "policy.network.cond_width=192", *FULL)
-    ),
-    "diffusion_dropout_10": Arm(
-        policy="diffusion_dropout",
-        overrides=(*MLP, NOISE, "policy.encoder.screen.dropout=0.1"),
-        variants={"doubt": (DOUBT,)},
-    ),
-    "diffusion_dropout_30": Arm(policy="diffusion_dropout", overrides=(*MLP, NOISE), variants={"doubt": (DOUBT,)}),
-    "diffusion_guided": Arm(policy="diffusion_guided", overrides=(*STACKS, NOISE), variants={"doubt": (DOUBT,)}),
-    "diffusion_base": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL, "policy.encoder.use=[proprio]")),
-    "fdp": Arm(policy="fdp", overrides=(*STACKS, NOISE), variants={"doubt": (DOUBT,)}),
-    "fdp_output": Arm(policy="fdp_output", overrides=(*STACKS, NOISE), variants={"doubt": (DOUBT,)}),
-    "fdp_block": Arm(policy="fdp", overrides=(*STACKS, NOISE, *BLOCK, QUARTER), variants={"doubt": (DOUBT,)}),
-    "fdp_block_short": Arm(policy="fdp", overrides=(*STACKS, NOISE, *BLOCK)),
-    "fdp_long": Arm(policy="fdp", overrides=(*STACKS, NOISE, QUARTER)),
-    "fdp_quiet": Arm(policy="fdp", overrides=(*STACKS, NO_NOISE)),
-    "fdp_objects_first": Arm(policy="fdp", overrides=(*STACKS, NOISE, "policy.encoder.order=[[objects]]")),
-    "fdp_sum": Arm(policy="fdp_sum", overrides=(*STACKS, NOISE, "train.stages=[0.5,0.5]")),
-    "alone": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL), share=0.25),
+    "diffusion_noise": joint(*MLP),
+    "diffusion_half": joint(*MLP, share=0.5),
+    "diffusion_wide": joint("policy.network.width=390", "policy.network.cond_width=192"),
+    "diffusion_dropout_10": dropped(10),
+    "diffusion_dropout_30": dropped(30),
+    "diffusion_guided": stacks(policy="diffusion_guided"),
+    "diffusion_base": joint(*MLP, "policy.encoder.use=[proprio]"),
+    "fdp": stacks(),
+    "fdp_output": stacks(policy="fdp_output"),
+    "fdp_block": stacks(*BLOCK, QUARTER),
+    "fdp_block_short": stacks(*BLOCK),
+    "fdp_long": stacks(QUARTER),
+    "fdp_quiet": stacks(NO_NOISE),
+    "fdp_objects_first": stacks("policy.encoder.order=[[objects]]"),
+    "fdp_sum": stacks(HALF, policy="fdp_sum"),
+    "alone": joint(*MLP, share=0.25),
     # for a failing proprioception: the objects come first, which on PickCube and StackCube tell all that is needed
-    "fdp_objects": Arm(
-        policy="fdp",
-        overrides=(*STACKS, NOISE, "policy.encoder.order=[[objects]]", "train.stages=[0.5,0.5]"),
-        variants={"doubt": (DOUBT,)},
-    ),
-    "dropout_objects_10": Arm(
-        policy="diffusion_dropout",
-        overrides=(*MLP, NOISE, "policy.encoder.screen.dropout=0.1", OBJECTS_STAY),
-        variants={"doubt": (DOUBT,)},
-    ),
-    "dropout_objects_30": Arm(
-        policy="diffusion_dropout", overrides=(*MLP, NOISE, OBJECTS_STAY), variants={"doubt": (DOUBT,)}
-    ),
+    "fdp_objects": stacks("policy.encoder.order=[[objects]]", HALF),
+    "dropout_objects_10": dropped(10, OBJECTS_STAY),
+    "dropout_objects_30": dropped(30, OBJECTS_STAY),
+    "diffusion_objects": joint(*MLP, "policy.encoder.use=[objects]", OBJECTS_STAY),
     # for failing objects on PushCube, whose goal lies at a fixed distance from the cube's start
-    "fdp_goal": Arm(
-        policy="fdp",
-        overrides=(*STACKS, NOISE, "policy.encoder.order=[[proprio,goal]]", "train.stages=[0.5,0.5]"),
-        variants={"doubt": (DOUBT,)},
-    ),
-    "dropout_goal_30": Arm(
-        policy="diffusion_dropout",
-        overrides=(*MLP, NOISE, "policy.encoder.prioritised=[proprio,goal]"),
-        variants={"doubt": (DOUBT,)},
-    ),
-    "dropout_goal_10": Arm(
-        policy="diffusion_dropout",
-        overrides=(*MLP, NOISE, "policy.encoder.screen.dropout=0.1", "policy.encoder.prioritised=[proprio,goal]"),
-        variants={"doubt": (DOUBT,)},
-    ),
-    "diffusion_goal": Arm(policy="diffusion_dropout", overrides=(*MLP, *FULL, "policy.encoder.use=[proprio,goal]")),
-    "diffusion_objects": Arm(
-        policy="diffusion_dropout", overrides=(*MLP, *FULL, "policy.encoder.use=[objects]", OBJECTS_STAY)
-    ),
+    "fdp_goal": stacks("policy.encoder.order=[[proprio,goal]]", HALF),
+    "dropout_goal_10": dropped(10, GOAL_STAYS),
+    "dropout_goal_30": dropped(30, GOAL_STAYS),
+    "diffusion_goal": joint(*MLP, "policy.encoder.use=[proprio,goal]"),
 }
 MAIN = (
     "diffusion_noise",

@@ -9,9 +9,9 @@ training seeds too.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from typing import Any
 from scipy.stats import ttest_1samp
 
 from robopolicy import atomic
-from robopolicy.evaluation.statistics import paired_difference_interval, wilson_interval
+from robopolicy.evaluation.comparison import compare_outcomes
+from robopolicy.evaluation.statistics import wilson_interval
 
 DOCS = Path(__file__).parents[1] / "docs"
 Row = Mapping[str, Any]
@@ -37,6 +38,7 @@ ARMS = (
     "fdp_sum",
     "diffusion_base",
 )
+FIRST_SEED = 10_000
 JOINT = "diffusion_noise"
 STACKS = {"objects": ("fdp", "fdp_goal"), "proprio": ("fdp_objects",)}
 """Arms whose second set has the failing sensor."""
@@ -70,10 +72,18 @@ def place(row: Row) -> tuple[Any, ...]:
     return row.get("place") or tuple(row[key] for key in ("task", "demos", "seed", "shift", "steps", "n_episodes"))
 
 
+def outcomes(row: Row) -> list[bool]:
+    """Return the success of each episode; one without `outcomes` names the seeds that failed."""
+    if "outcomes" in row:
+        return [outcome == "1" for outcome in row["outcomes"]]
+    failed = set(row["failed_seeds"])
+    return [seed not in failed for seed in range(FIRST_SEED, FIRST_SEED + row["n_episodes"])]
+
+
 def rate(rows: Sequence[Row]) -> tuple[float, float, float]:
     """Return success over all episodes of the rows and Wilson's interval, in percent."""
-    n = sum(row["n_episodes"] for row in rows)
-    hits = n - sum(len(row["failed_seeds"]) for row in rows)
+    all_outcomes = [outcome for row in rows for outcome in outcomes(row)]
+    hits, n = sum(all_outcomes), len(all_outcomes)
     low, high = wilson_interval(hits, n)
     return 100 * hits / n, 100 * low, 100 * high
 
@@ -81,17 +91,13 @@ def rate(rows: Sequence[Row]) -> tuple[float, float, float]:
 def difference(mine: Iterable[Row], theirs: Iterable[Row]) -> str:
     """Return mine less theirs in points with both intervals, as in the head of this file; empty without a cell."""
     controls = {place(row): row for row in theirs}
-    counts, gaps = [0, 0, 0, 0], []
-    for row in mine:
-        if (control := controls.get(place(row))) is not None:
-            a, b, n = set(row["failed_seeds"]), set(control["failed_seeds"]), row["n_episodes"]
-            cell = (n - len(a | b), len(b - a), len(a - b), len(a & b))
-            counts = [one + other for one, other in zip(counts, cell, strict=True)]
-            gaps.append(100 * (cell[1] - cell[2]) / n)
-    if not gaps:
+    cells = [(outcomes(controls[place(row)]), outcomes(row)) for row in mine if place(row) in controls]
+    if not cells:
         return ""
-    low, high = paired_difference_interval(*counts)
-    text = f"{statistics.fmean(gaps):+.1f} ({100 * low:+.0f} to {100 * high:+.0f}"
+    paired = compare_outcomes(*(list(itertools.chain(*side)) for side in zip(*cells, strict=True)))
+    low, high = paired.interval
+    text = f"{100 * paired.difference:+.1f} ({100 * low:+.0f} to {100 * high:+.0f}"
+    gaps = [100 * compare_outcomes(*cell).difference for cell in cells]
     if len(gaps) > 2 and len(set(gaps)) > 1:
         interval = ttest_1samp(gaps, 0.0).confidence_interval()
         text += f"; {interval.low:+.0f} to {interval.high:+.0f}"

@@ -140,11 +140,7 @@ def shifts(args: argparse.Namespace) -> None:
 def table(args: argparse.Namespace) -> None:
     """Write docs/rgb_tables.md: successes of each arm, a line per disturbance, and what the stacks differ by."""
     places = ("shift", "demos", "seed", "updates", "batch", "n_episodes")
-    rows = [
-        row | {"place": tuple(row[key] for key in places)}
-        | {"failed_seeds": [n for n, outcome in enumerate(row["outcomes"]) if outcome == "0"]}
-        for row in read()["rows"]
-    ]  # fmt: skip
+    rows = [row | {"place": tuple(row[key] for key in places)} for row in read()["rows"]]
     lines = ["# Pictures: all rows", "", "Written by `scripts/study_rgb.py table` from `rgb.json`.", ""]
     lines += ["PushCube, 64 x 64, 100 demonstrations. Successes of 50 episodes, training seed 1 / 2; differences in"]
     lines += ["points (95 % over episodes; number of training seeds).", ""]

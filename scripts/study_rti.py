@@ -248,15 +248,22 @@ def planner(arm: Arm, loaded: LoadedPolicy) -> tuple[Planner, dict[str, Any]]:
     return found, settings
 
 
-def run(job: Job, name: str, loaded: LoadedPolicy) -> dict[str, Any]:
-    """Evaluate one arm; return its row."""
-    env = envs.make(
-        loaded.spec.name,
+def environment(loaded: LoadedPolicy, max_episode_steps: int | None = None) -> Any:
+    """Return the simulations that the policy was trained for, with its episodes' length unless another is given."""
+    spec = loaded.spec
+    steps = spec.max_episode_steps if max_episode_steps is None else max_episode_steps
+    return envs.make(
+        spec.name,
         num_envs=NUM_ENVS,
         backend="cpu",
-        control_mode=loaded.spec.action.control_mode,
-        max_episode_steps=loaded.spec.max_episode_steps,
+        control_mode=spec.action.control_mode,
+        max_episode_steps=steps,
     )
+
+
+def run(job: Job, name: str, loaded: LoadedPolicy) -> dict[str, Any]:
+    """Evaluate one arm; return its row."""
+    env = environment(loaded)
     if job.disturbance is not None:
         env = apply_strength(env, job.disturbance[0], job.disturbance[1])
     arm = job.arms[name]
