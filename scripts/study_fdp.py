@@ -4,16 +4,18 @@
     python scripts/study_fdp.py shifts                        # success with failing sensors, 50 demonstrations
     python scripts/study_fdp.py weights                       # success by residual weight at run time
     python scripts/study_fdp.py orders                        # each modality first, and the loss that order=auto sees
+    python scripts/study_fdp.py backbones                     # joint, block, output, both with the UNet and the DiT
     python scripts/study_fdp.py cost                          # parameters and milliseconds per forward pass
     python scripts/study_fdp.py low_data --tasks push_cube --demos 10 --arms fdp diffusion --seeds 1
     python scripts/study_fdp_tables.py                        # the rows as tables and pictures
 
 Every arm is trained on the same demonstrations, of which it does not see the last tenth (the base of fdp ends early by
 them), for the same number of updates, both stages of fdp counted: `diffusion` is so the step-matched control, and
-`diffusion_half` has the updates of one stage. All networks are MLPs of width 256 in place of 384 (each stack of fdp;
-`diffusion_wide` has fdp's parameters), which halves the cost. Every cell is the same episodes (seeds from 10000), each
-of LIMITS' steps: demonstrations need half as many, and a robot that missed waits. Runs are kept in
-checkpoints/study_fdp, rows in docs/fdp.json; what is there is not done again, and an interrupted run goes on.
+`diffusion_half` has the updates of one stage. The networks are MLPs of width 256 in place of 384 (each stack of fdp;
+`diffusion_wide` has fdp's parameters), which halves the cost; those of `backbones` have their own width. Every cell is
+the same episodes (seeds from 10000), each of LIMITS' steps: demonstrations need half as many, and a robot that missed
+waits. Runs are kept in checkpoints/study_fdp, rows in docs/fdp.json; what is there is not done again, and an
+interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -93,6 +95,21 @@ def stacks(*overrides: str, policy: str = "fdp") -> Arm:
     return Arm(policy=policy, overrides=(*STACKS, NOISE, *overrides), variants=DOUBTED)
 
 
+def backbone(network: str, *overrides: str) -> Arm:
+    """Return stacks of the network at its default width."""
+    return Arm(policy=f"fdp_{network}", overrides=(NOISE, "train.lr=3e-4", *overrides))
+
+
+def backbones(network: str) -> dict[str, Arm]:
+    """Return joint conditioning and every composition of the network."""
+    return {
+        network: backbone(network, "policy.encoder.order=[]"),
+        f"fdp_{network}": backbone(network),
+        f"fdp_{network}_output": backbone(network, "policy.network.composition=output"),
+        f"fdp_{network}_block": backbone(network, *BLOCK, QUARTER),
+    }
+
+
 ARMS = {
     "diffusion": Arm(policy="diffusion", overrides=MLP),
     "diffusion_noise": joint(*MLP),
@@ -121,6 +138,9 @@ ARMS = {
     "dropout_goal_10": dropped(10, GOAL_STAYS),
     "dropout_goal_30": dropped(30, GOAL_STAYS),
     "diffusion_goal": joint(*MLP, "policy.encoder.use=[proprio,goal]"),
+    "fdp_goal_short": stacks("policy.encoder.order=[[proprio,goal]]"),
+    **backbones("unet"),
+    **backbones("dit"),
 }
 MAIN = (
     "diffusion_noise",
@@ -183,6 +203,8 @@ def cell(
     episodes = [json.loads(line) for line in (where / "episodes.jsonl").read_text().splitlines()]
     failed = [e["seed"] for e in episodes if not e["success"]]
     row = {**key, "success": 1 - len(failed) / len(episodes), "failed_seeds": failed}
+    if study == "low_data" and task == "push_cube":
+        row["failed_min_distance_m"] = [round(e["min_distance_m"], 4) for e in episodes if not e["success"]]
     for name in ("missing_objects", "missing_proprio"):
         said = [e["diagnostics"][name] for e in episodes if name in (e.get("diagnostics") or {})]
         if said:
@@ -207,6 +229,12 @@ def shifts(args: argparse.Namespace) -> None:
             cell("shifts", task, name, demos, seed, args, shift)
             for variant, changes in ARMS[name].variants.items():
                 cell("shifts", task, name, demos, seed, args, shift, variant, changes)
+
+
+def compositions(args: argparse.Namespace) -> None:
+    """Success of joint conditioning and of every composition, with other networks than the MLP."""
+    for demos, seed, task, name in _grid(args, args.demos or (25,), (*backbones("unet"), *backbones("dit"))):
+        cell("backbones", task, name, demos, seed, args, "clean")
 
 
 def weights(args: argparse.Namespace) -> None:
@@ -320,7 +348,14 @@ def write(rows: Mapping[str, Any]) -> None:
     atomic.write_file(ROWS, f"{{\n{text}\n}}\n".encode())
 
 
-STUDIES = {"low_data": low_data, "shifts": shifts, "weights": weights, "orders": orders, "cost": cost}
+STUDIES = {
+    "low_data": low_data,
+    "shifts": shifts,
+    "backbones": compositions,
+    "weights": weights,
+    "orders": orders,
+    "cost": cost,
+}
 
 
 def main() -> None:
