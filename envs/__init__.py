@@ -3,10 +3,11 @@
 Importing this package imports neither SAPIEN nor ManiSkill; `load_maniskill` does, with a Vulkan driver chosen first.
 """
 
+from .backends import BACKENDS, default_backend
 from .rendering import load_maniskill, prepare_vulkan, render_backend
 from .specs import require_assets, task_spec
 from .tasks import TASKS, Task, find_task
-from .vector import BACKENDS, SimVectorEnv, default_backend, make
+from .vector import SimVectorEnv, make
 
 __all__ = [
     "BACKENDS",

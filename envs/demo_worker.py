@@ -23,12 +23,12 @@ import torch
 
 from robopolicy.errors import RobopolicyError
 
+from .backends import building
 from .demo_files import Attempt, Episode, Journal, leaves, read_all, read_tree, stack
 from .playback import ActionOutOfRange, ArmCommand, PlanPlayer, Shortening
 from .rendering import inert_materials, load_maniskill, require_rendering
 from .solvers import Plan, PlanningFailed, make_plan, solver_for
 from .specs import ObsMode, build_stock
-from .vector import building
 
 CLIP_TOLERANCE = 1e-5
 """Rounding by which an action may exceed its bounds; it is then set to the bound."""

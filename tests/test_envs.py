@@ -18,10 +18,11 @@ import yaml
 
 from robopolicy import envs
 from robopolicy.envs import TASKS, Task, make, task_spec, vulkan
+from robopolicy.envs.backends import building, why_no_cuda
 from robopolicy.envs.rendering import quiet_drivers
 from robopolicy.envs.shaders import fast_shaders
 from robopolicy.envs.specs import _sample_scene, control_modes, flatten_observation
-from robopolicy.envs.vector import SimVectorEnv, building, why_no_cuda
+from robopolicy.envs.vector import SimVectorEnv
 from robopolicy.errors import MissingRequirementError, RobopolicyError, ShapeError, UnknownNameError
 from robopolicy.types import Frame, TaskSpec
 

@@ -32,6 +32,7 @@ from robopolicy.deploy.session import Session
 from robopolicy.deploy.sim_robot import SimRobot
 from robopolicy.deploy.sim_server import RosbridgeServer
 from robopolicy.envs import make, vulkan
+from robopolicy.envs.backends import building
 from robopolicy.envs.demo_files import Episode, leaves, read_all, stack, write_episode
 from robopolicy.envs.demo_worker import Demonstrator, Recipe, Rejected, _to_numpy
 from robopolicy.envs.meshes import cluster, flatten
@@ -39,7 +40,6 @@ from robopolicy.envs.playback import Shortening
 from robopolicy.envs.rendering import load_maniskill
 from robopolicy.envs.specs import ObsMode, build_stock, task_spec
 from robopolicy.envs.stepping import SteppedRobot
-from robopolicy.envs.vector import building
 from robopolicy.errors import UnknownNameError
 from robopolicy.nn.encoder import ObservationEncoder
 from robopolicy.nn.image import ImageEncoder, cut, in_whole_image, spatial_softmax

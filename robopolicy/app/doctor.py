@@ -187,7 +187,7 @@ def simulate_gpu() -> str:
     """Return what GPU the simulation can use."""
     import torch
 
-    from robopolicy.envs.vector import why_no_cuda
+    from robopolicy.envs.backends import why_no_cuda
 
     if reason := why_no_cuda():
         raise RuntimeError(reason)
