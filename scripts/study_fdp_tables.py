@@ -28,6 +28,7 @@ ARMS = (
     "fdp",
     "fdp_output",
     "fdp_block",
+    "fdp_goal_short",
     "diffusion_noise",
     "diffusion_wide",
     "diffusion_half",
@@ -38,6 +39,7 @@ ARMS = (
     "fdp_sum",
     "diffusion_base",
 )
+NETWORKS = ("unet", "dit")
 FIRST_SEED = 10_000
 JOINT = "diffusion_noise"
 STACKS = {"objects": ("fdp", "fdp_goal"), "proprio": ("fdp_objects",)}
@@ -148,6 +150,43 @@ def difference_table(rows: Sequence[Row], arm: str, groups: Mapping[str, Sequenc
     return grid([f"`{arm}` less", *groups], lines) if lines else []
 
 
+def limit_table(rows: Sequence[Row]) -> list[str]:
+    """Success by how near the goal's centre the cube must come: the task's 10 cm, and a little more."""
+    lines = []
+    for demos in sorted({row["demos"] for row in rows}):
+        for limit_m in (0.1, 0.105, 0.11, 0.12):
+            same = [within(row, limit_m) for row in of(rows, demos=demos)]
+            cells = [of(same, arm=arm) for arm in ARMS]
+            line = [str(demos), f"{100 * limit_m:g} cm", *(f"{rate(cell)[0]:.1f}" if cell else "" for cell in cells)]
+            lines.append([*line, difference(of(same, arm="fdp"), of(same, arm=JOINT))])
+    return grid(["demonstrations", "within", *(f"`{arm}`" for arm in ARMS), f"`fdp` less `{JOINT}`"], lines)
+
+
+def within(row: Row, limit_m: float) -> Row:
+    """Return the row with the episodes as successes whose cube came so near the goal's centre."""
+    pairs = zip(row["failed_seeds"], row["failed_min_distance_m"], strict=True)
+    return {**row, "failed_seeds": [seed for seed, distance_m in pairs if distance_m >= limit_m]}
+
+
+def network_tables(rows: Sequence[Row]) -> list[str]:
+    """Joint conditioning and all compositions of each network, and what each composition gains."""
+    lines = []
+    for network in NETWORKS:
+        arms = (network, f"fdp_{network}", f"fdp_{network}_output", f"fdp_{network}_block")
+        same = of(rows, arm=arms)
+        body = []
+        for task, demos in sorted({(row["task"], row["demos"]) for row in same}):
+            cells = [sorted(of(same, task=task, demos=demos, arm=arm), key=lambda row: row["seed"]) for arm in arms]
+            rates = (" / ".join(f"{100 * row['success']:.1f}" for row in cell) for cell in cells)
+            body.append([task, str(demos), *rates])
+        if body:
+            lines += grid(["task", "demonstrations", *(f"`{arm}`" for arm in arms)], body)
+            groups = {"all": same} | {task: of(same, task=task) for task in sorted({row["task"] for row in same})}
+            for arm in arms[1:]:
+                lines += difference_table(same, arm, groups)
+    return lines
+
+
 def shift_tables(rows: Sequence[Row], sensor: str) -> list[str]:
     shifts = [f"{kind}_{sensor}:{level}" for kind in KINDS for level in (1, 2, 3)]
     lines = []
@@ -194,6 +233,15 @@ def tables(found: Mapping[str, Any]) -> str:
     for demos in (*SMALL, *LARGE):
         by_task = {f"{task}, {demos}": of(clean, task=task, demos=demos) for task in sorted({r["task"] for r in clean})}
         lines += difference_table(clean, "fdp", by_task)
+    lines += ["## PushCube by the distance that counts", ""]
+    lines += [
+        "Failed episodes count as successes where the cube came within so much of the goal's centre, both seeds.",
+        "",
+    ]
+    lines += limit_table(of(clean, task="push_cube"))
+    if networks := of(rows, study="backbones"):
+        lines += ["## UNet and DiT", "", "Success in percent of 200 episodes, training seed 1 / 2.", ""]
+        lines += network_tables(networks)
     shifted = of(rows, study="shifts", demos=50)
     for sensor in STACKS:
         lines += [f"## Failing `{sensor}`", "", *shift_tables(shifted, sensor)]

@@ -47,6 +47,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "diffusion_dropout": ("policy=diffusion_dropout", *MLP),
     "fdp": ("policy=fdp", *STACKS),
     "fdp_block": ("policy=fdp", "policy.network.composition=block", "train.stages=[0.2,0.8]", *STACKS),
+    "fdp_output": ("policy=fdp_output", *STACKS),
     "diffusion_wide": (
         "policy=diffusion_dropout",
         "policy.encoder.screen.dropout=0",
@@ -64,7 +65,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "diffusion_rgb": ("policy=diffusion_rgb", *MLP),
     "diffusion": ("policy=diffusion", *MLP),
 }
-"""All of the first seven have the same noise on `proprio`; `diffusion_noise` is joint conditioning."""
+"""All of the first eight have the same noise on `proprio`; `diffusion_noise` is joint conditioning."""
 DRAWN = ("fdp", "diffusion_noise", "diffusion_wide", "diffusion_dropout", "diffusion_augmented", "fdp_augmented")
 SHIFTS = (
     "",

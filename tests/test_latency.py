@@ -14,7 +14,7 @@ from point_task import LENGTH, SEEDS, PointEnv, point_spec
 from torch import Tensor
 
 from robopolicy.errors import RobopolicyError, UnknownNameError
-from robopolicy.evaluation.failures import action_jerk
+from robopolicy.evaluation.failures import action_jerk, nearest_words
 from robopolicy.evaluation.latency import (
     FixedDelay,
     LatencyActor,
@@ -401,6 +401,17 @@ def test_rows_tell_the_smallest_distance_where_the_task_does():
         for episode in evaluate(homing(4), env, seeds=SEEDS[:4]).episodes:
             assert episode.min_distance_m == (pytest.approx(-episode.max_reward) if known else None)
             assert episode.actions.untyped_storage().nbytes() == 4 * episode.actions.numel(), "keeps its wave alive"
+
+
+def test_a_near_miss_is_told_from_a_far_one():
+    def rows(*near_m: float | None, success: bool) -> list[dict[str, float | bool | None]]:
+        return [{"success": success, "min_distance_m": value} for value in near_m]
+
+    won, failed = rows(0.0981, 0.0990, 0.0999, success=True), rows(0.1005, 0.1032, 0.136, success=False)
+    said = "Failed episodes came to 10.3 cm of the goal in the median"
+    assert nearest_words(won + failed) == f"{said}, successful ones to 9.9 cm."
+    assert nearest_words(failed) == f"{said}."
+    assert nearest_words(won) == nearest_words([]) == nearest_words(rows(None, success=False)) == ""
 
 
 def test_jerk_is_the_third_difference_of_position():

@@ -57,6 +57,7 @@ def say(console: Console, info: Mapping[str, Any], folder: Path, earlier: Evalua
     """Print the result, where it is, and what to do next."""
     from rich.markup import escape
 
+    from robopolicy.evaluation.failures import nearest_words
     from robopolicy.evaluation.report import duration, milliseconds, percent
 
     top, time_s, at_1 = info["overall"], info["time"], info["latency_batch_1"]
@@ -92,6 +93,8 @@ def say(console: Console, info: Mapping[str, Any], folder: Path, earlier: Evalua
     if failed := info["failed_seeds"]:
         more = ", ..." if len(failed) > MOST_SEEDS_SHOWN else ""
         console.print(f"failed seeds: {', '.join(map(str, failed[:MOST_SEEDS_SHOWN]))}{more}")
+    if nearest := nearest_words(now.rows):
+        console.print(nearest)
     if earlier is not None:
         old = {row["seed"]: row["success"] for row in earlier.rows}
         other = [row["seed"] for row in now.rows if old.get(row["seed"], row["success"]) != row["success"]]

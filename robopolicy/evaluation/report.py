@@ -25,6 +25,7 @@ from markupsafe import Markup
 from robopolicy.errors import CheckpointError
 from robopolicy.evaluation import report_tables
 from robopolicy.evaluation.charts import histogram, loss_chart
+from robopolicy.evaluation.failures import nearest_words
 from robopolicy.evaluation.results import Evaluation, read_evaluations
 
 MOST_VIDEO_BYTES = 30_000_000
@@ -85,6 +86,7 @@ def context(run_dir: Path) -> dict[str, Any]:
         "latency_svg": _latency_chart(main),
         "steps_svg": _steps_chart(main),
         "video": _video(main),
+        "nearest": "" if main is None else nearest_words(main.rows),
         "failures": _failures(main),
         "landscape": _data_url("image/png", landscape) if (landscape := run_dir / "landscape.png").is_file() else None,
         "paired": report_tables.paired_table(main, evaluations),
