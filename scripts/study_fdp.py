@@ -59,6 +59,8 @@ NO_NOISE = "policy.encoder.screen.noise.proprio=0"
 QUARTER = "train.stages=[0.25,0.75]"
 HALF = "train.stages=[0.5,0.5]"
 DOUBTED = {"doubt": (DOUBT,)}
+FIRST = "policy.encoder.order=[[proprio]]"
+STAYS = "policy.encoder.prioritised=[proprio]"
 GOAL_STAYS = "policy.encoder.prioritised=[proprio,goal]"
 OBJECTS_STAY = "policy.encoder.prioritised=[objects,goal]"
 BLOCK = ("policy.network.composition=block",)
@@ -76,7 +78,7 @@ class Arm:
     """Name to what evaluation changes."""
 
 
-FULL = ("policy.encoder.screen.dropout=0", NOISE)
+FULL = ("policy.encoder.screen.dropout=0", NOISE, STAYS)
 """Of diffusion_dropout: nothing is dropped, proprioception is as noisy in training as that of fdp."""
 
 
@@ -88,16 +90,17 @@ def joint(*overrides: str, share: float = 1.0) -> Arm:
 def dropped(percent: int, *overrides: str) -> Arm:
     """Return joint conditioning that does without what is not prioritised in so many training rows."""
     share = f"policy.encoder.screen.dropout={percent / 100}"
-    return Arm(policy="diffusion_dropout", overrides=(*MLP, NOISE, share, *overrides), variants=DOUBTED)
+    return Arm(policy="diffusion_dropout", overrides=(*MLP, NOISE, STAYS, share, *overrides), variants=DOUBTED)
 
 
 def stacks(*overrides: str, policy: str = "fdp") -> Arm:
-    return Arm(policy=policy, overrides=(*STACKS, NOISE, *overrides), variants=DOUBTED)
+    """Return two stacks, proprioception first unless the overrides say otherwise."""
+    return Arm(policy=policy, overrides=(*STACKS, NOISE, FIRST, *overrides), variants=DOUBTED)
 
 
 def backbone(network: str, *overrides: str) -> Arm:
     """Return stacks of the network at its default width."""
-    return Arm(policy=f"fdp_{network}", overrides=(NOISE, "train.lr=3e-4", *overrides))
+    return Arm(policy=f"fdp_{network}", overrides=(NOISE, FIRST, "train.lr=3e-4", *overrides))
 
 
 def backbones(network: str) -> dict[str, Arm]:
@@ -117,7 +120,7 @@ ARMS = {
     "diffusion_wide": joint("policy.network.width=390", "policy.network.cond_width=192"),
     "diffusion_dropout_10": dropped(10),
     "diffusion_dropout_30": dropped(30),
-    "diffusion_guided": stacks(policy="diffusion_guided"),
+    "diffusion_guided": Arm(policy="diffusion_guided", overrides=(*STACKS, NOISE, STAYS), variants=DOUBTED),
     "diffusion_base": joint(*MLP, "policy.encoder.use=[proprio]"),
     "fdp": stacks(),
     "fdp_output": stacks(policy="fdp_output"),
@@ -139,6 +142,7 @@ ARMS = {
     "dropout_goal_30": dropped(30, GOAL_STAYS),
     "diffusion_goal": joint(*MLP, "policy.encoder.use=[proprio,goal]"),
     "fdp_goal_short": stacks("policy.encoder.order=[[proprio,goal]]"),
+    "fdp_goal_output": stacks("policy.encoder.order=[[proprio,goal]]", policy="fdp_output"),
     **backbones("unet"),
     **backbones("dit"),
 }
