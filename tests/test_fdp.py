@@ -460,6 +460,14 @@ def test_three_sets_and_a_joint_one():
         make_policy(composition="blocks")
 
 
+def test_what_no_outer_sensor_measures_comes_first():
+    robot, seen = (fake_spec().observation[name] for name in ("proprio", "objects"))
+    assert modality_sets({"objects": seen, "goal": seen, "proprio": robot}, None) == [("goal", "proprio"), ("objects",)]
+    assert modality_sets(fake_spec(camera=True).observation, None) == [("proprio",), ("objects", "rgb.base")]
+    with pytest.raises(ValueError, match="order must be sets of some of objects, each named once; got"):
+        modality_sets({"objects": seen}, None)
+
+
 def test_weights_know_their_stage_and_their_order():
     policy = make_policy()
     fresh = make_policy(stage=0)

@@ -39,6 +39,8 @@ from robopolicy.types import ModalitySpec
 
 Composition = Literal["output", "block", "both", "sum"]
 Missing = Literal["base", "null"]
+ALWAYS_KNOWN = ("proprio", "goal")
+"""Modalities that do not depend on a sensor outside the robot."""
 
 
 class ComposedEncoder(Staged):
@@ -48,7 +50,8 @@ class ComposedEncoder(Staged):
         observation: the task's modalities, `TaskSpec.observation`.
         n_obs_steps: length O of the window.
         order: sets of modalities, the first prioritised. Modalities that are not named are a last set; no set at all
-            is joint conditioning, one stack that sees everything.
+            is joint conditioning, one stack that sees everything. None puts first what no outer sensor measures:
+            `proprio`, and `goal` where the task tells one.
         encoder: factory of a stack's encoder, called with `use` and `optional`.
         screen: factory, see `ObservationEncoder`. With one, all modalities but the first set's may be missing.
         residual_weight: w at run time, one for all residual stacks or one for each; training always has 1.
@@ -65,7 +68,7 @@ class ComposedEncoder(Staged):
         observation: Mapping[str, ModalitySpec],
         n_obs_steps: int,
         *,
-        order: Sequence[Sequence[str]] = (("proprio",),),
+        order: Sequence[Sequence[str]] | None = None,
         encoder: Callable[..., ObservationEncoder] = ObservationEncoder,
         screen: Callable[..., ModalityScreen] | None = None,
         residual_weight: float | Sequence[float] = 1.0,
@@ -284,12 +287,16 @@ class GuidedNetwork(ChunkNetwork):
         return unseen + self.scale * (seen - unseen)
 
 
-def modality_sets(observation: Mapping[str, ModalitySpec], order: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+def modality_sets(
+    observation: Mapping[str, ModalitySpec], order: Sequence[Sequence[str]] | None
+) -> list[tuple[str, ...]]:
     """Return `order` with the modalities that it does not name as a last set.
 
     Raises:
         ValueError: a modality is unknown or named twice, or a set is empty.
     """
+    if order is None:
+        order = [[name for name in observation if name in ALWAYS_KNOWN]]
     sets = [tuple(some) for some in order]
     named = [name for some in sets for name in some]
     if len(named) != len(set(named)) or not set(named) <= set(observation) or not all(sets):
