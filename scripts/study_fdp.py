@@ -143,6 +143,7 @@ ARMS = {
     "diffusion_goal": joint(*MLP, "policy.encoder.use=[proprio,goal]"),
     "fdp_goal_short": stacks("policy.encoder.order=[[proprio,goal]]"),
     "fdp_goal_output": stacks("policy.encoder.order=[[proprio,goal]]", policy="fdp_output"),
+    "fdp_no_base": stacks("train.stages=[0.001,0.999]"),
     **backbones("unet"),
     **backbones("dit"),
 }

@@ -29,6 +29,9 @@ ARMS = (
     "fdp_output",
     "fdp_block",
     "fdp_goal_short",
+    "fdp_goal_output",
+    "fdp_goal",
+    "fdp_no_base",
     "diffusion_noise",
     "diffusion_wide",
     "diffusion_half",
@@ -227,7 +230,7 @@ def tables(found: Mapping[str, Any]) -> str:
     groups = {"10 and 25": of(told, demos=SMALL), "50 and 100": of(told, demos=LARGE)}
     lines += ["Differences in points (95 % over episodes; 95 % over cells; number of cells), first of all cells where"]
     lines += ["joint conditioning has 10 to 95 %.", ""]
-    for arm in ("fdp", "fdp_block", "fdp_output"):
+    for arm in ("fdp", "fdp_goal_short", "fdp_no_base", "fdp_block", "fdp_output"):
         more = {"10 and 25, without the cells that chose it": of(others, demos=SMALL)} if arm == "fdp" else {}
         lines += difference_table(clean, arm, groups | more)
     for demos in (*SMALL, *LARGE):
