@@ -464,6 +464,7 @@ def test_what_no_outer_sensor_measures_comes_first():
     robot, seen = (fake_spec().observation[name] for name in ("proprio", "objects"))
     assert modality_sets({"objects": seen, "goal": seen, "proprio": robot}, None) == [("goal", "proprio"), ("objects",)]
     assert modality_sets(fake_spec(camera=True).observation, None) == [("proprio",), ("objects", "rgb.base")]
+    assert modality_sets({"proprio": robot, "goal": seen}, None) == [("proprio",), ("goal",)]
     with pytest.raises(ValueError, match="order must be sets of some of objects, each named once; got"):
         modality_sets({"objects": seen}, None)
 

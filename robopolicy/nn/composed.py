@@ -51,7 +51,7 @@ class ComposedEncoder(Staged):
         n_obs_steps: length O of the window.
         order: sets of modalities, the first prioritised. Modalities that are not named are a last set; no set at all
             is joint conditioning, one stack that sees everything. None puts first what no outer sensor measures:
-            `proprio`, and `goal` where the task tells one.
+            `proprio`, and `goal` where the task tells one and has more than these.
         encoder: factory of a stack's encoder, called with `use` and `optional`.
         screen: factory, see `ObservationEncoder`. With one, all modalities but the first set's may be missing.
         residual_weight: w at run time, one for all residual stacks or one for each; training always has 1.
@@ -296,7 +296,8 @@ def modality_sets(
         ValueError: a modality is unknown or named twice, or a set is empty.
     """
     if order is None:
-        order = [[name for name in observation if name in ALWAYS_KNOWN]]
+        known = [name for name in observation if name in ALWAYS_KNOWN]
+        order = [known if len(known) < len(observation) else known[:1]]
     sets = [tuple(some) for some in order]
     named = [name for some in sets for name in some]
     if len(named) != len(set(named)) or not set(named) <= set(observation) or not all(sets):
