@@ -62,10 +62,12 @@ ARMS: dict[str, tuple[str, ...]] = {
         "policy.encoder.use=[proprio]",
         *MLP,
     ),
+    "diffusion_guided": ("policy=diffusion_guided", *STACKS),
+    "fdp_sum": ("policy=fdp_sum", "train.stages=[0.5,0.5]", *STACKS),
     "diffusion_rgb": ("policy=diffusion_rgb", *MLP),
     "diffusion": ("policy=diffusion", *MLP),
 }
-"""All of the first eight have the same noise on `proprio`; `diffusion_noise` is joint conditioning."""
+"""All but the last two have the same noise on `proprio`; `diffusion_noise` is joint conditioning."""
 DRAWN = ("fdp", "diffusion_noise", "diffusion_wide", "diffusion_dropout", "diffusion_augmented", "fdp_augmented")
 SHIFTS = (
     "",
