@@ -184,9 +184,8 @@ def network_tables(rows: Sequence[Row]) -> list[str]:
             body.append([task, str(demos), *rates])
         if body:
             lines += grid(["task", "demonstrations", *(f"`{arm}`" for arm in arms)], body)
-            groups = {"all": same} | {task: of(same, task=task) for task in sorted({row["task"] for row in same})}
             for arm in arms[1:]:
-                lines += difference_table(same, arm, groups)
+                lines += difference_table(same, arm, {"points": same})
     return lines
 
 
