@@ -47,7 +47,7 @@ FIRST_SEED = 10_000
 JOINT = "diffusion_noise"
 STACKS = {"objects": ("fdp", "fdp_goal"), "proprio": ("fdp_objects",)}
 """Arms whose second set has the failing sensor."""
-SHOWN = ("fdp", "fdp_block", "diffusion_noise", "diffusion_wide", "diffusion_dropout_10")
+SHOWN = ("fdp_goal_short", "fdp", "fdp_block", "diffusion_noise", "diffusion_wide", "diffusion_dropout_10")
 SHOWN_SHIFTS = {
     "objects": (
         ("fdp", ""),
