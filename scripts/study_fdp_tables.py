@@ -70,7 +70,7 @@ SMALL, LARGE = (10, 25), (50, 100)
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 def called(row: Row) -> str:
-    return f"{row['arm']} {row['variant']}".strip()
+    return f"{row['arm']} {row.get('variant', '')}".strip()
 
 
 def place(row: Row) -> tuple[Any, ...]:
@@ -153,6 +153,20 @@ def difference_table(rows: Sequence[Row], arm: str, groups: Mapping[str, Sequenc
     return grid([f"`{arm}` less", *groups], lines) if lines else []
 
 
+def clean_table(rows: Sequence[Row], shifts: Sequence[str], *, clean: str, keys: Sequence[str]) -> list[str]:
+    """A line for each arm: its success under each shift less its own without any, `clean`, in the same episodes.
+
+    Args:
+        keys: of a row, all but `shift` that its clean row shares.
+    """
+    own = [{**row, "place": tuple(row[key] for key in keys)} for row in rows]
+    lines = []
+    for name in dict.fromkeys(called(row) for row in own if row["shift"] in shifts):
+        mine = [row for row in own if called(row) == name]
+        lines.append([f"`{name}`", *(difference(of(mine, shift=shift), of(mine, shift=clean)) for shift in shifts)])
+    return grid(["less clean", *(f"`{shift}`" for shift in shifts)], lines)
+
+
 def limit_table(rows: Sequence[Row]) -> list[str]:
     """Success by how near the goal's centre the cube must come: the task's 10 cm, and a little more."""
     lines = []
@@ -203,6 +217,7 @@ def shift_tables(rows: Sequence[Row], sensor: str) -> list[str]:
             cells = [of(mine, shift=shift) for shift in ("clean", *shifts)]
             body.append([f"`{name}`", str(len(seeds)), *(f"{rate(cell)[0]:.0f}" if cell else "" for cell in cells)])
         lines += grid(["arm", "seeds", "clean", *(shift.replace(f"_{sensor}:", " ") for shift in shifts)], body)
+        lines += clean_table(same, shifts, clean="clean", keys=("seed", "n_episodes"))
     hard = {f"{kind} 3": of(rows, shift=f"{kind}_{sensor}:3") for kind in KINDS}
     third = [row for some in hard.values() for row in some]
     for arm in STACKS[sensor]:

@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from study_fdp_tables import bars, difference, grid, save
+from study_fdp_tables import bars, clean_table, difference, grid, save
 
 from robopolicy import atomic
 from robopolicy.app import composing
@@ -178,6 +178,7 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
         cells = [" / ".join(str(row["successes"]) for row in same if row["arm"] == arm) for arm in arms]
         body.append([f"`{shift}`" if shift else "clean", *cells])
     lines += grid(["pictures", *(f"`{arm}`" for arm in arms)], body)
+    lines += clean_table(rows, shifts[1:], clean="", keys=("demos", "seed", "batch", "n_episodes"))
     for stack in (arm for arm in arms if arm.startswith("fdp")):
         others = [arm for arm in arms if arm != stack]
         body = []
