@@ -59,8 +59,8 @@ NO_NOISE = "policy.encoder.screen.noise.proprio=0"
 QUARTER = "train.stages=[0.25,0.75]"
 HALF = "train.stages=[0.5,0.5]"
 DOUBTED = {"doubt": (DOUBT,)}
-FIRST = "policy.encoder.order=[[proprio]]"
-STAYS = "policy.encoder.prioritised=[proprio]"
+PROPRIO_FIRST = "policy.encoder.order=[[proprio]]"
+PROPRIO_STAYS = "policy.encoder.prioritised=[proprio]"
 GOAL_STAYS = "policy.encoder.prioritised=[proprio,goal]"
 OBJECTS_STAY = "policy.encoder.prioritised=[objects,goal]"
 BLOCK = ("policy.network.composition=block",)
@@ -78,7 +78,7 @@ class Arm:
     """Name to what evaluation changes."""
 
 
-FULL = ("policy.encoder.screen.dropout=0", NOISE, STAYS)
+FULL = ("policy.encoder.screen.dropout=0", NOISE, PROPRIO_STAYS)
 """Of diffusion_dropout: nothing is dropped, proprioception is as noisy in training as that of fdp."""
 
 
@@ -90,17 +90,17 @@ def joint(*overrides: str, share: float = 1.0) -> Arm:
 def dropped(percent: int, *overrides: str) -> Arm:
     """Return joint conditioning that does without what is not prioritised in so many training rows."""
     share = f"policy.encoder.screen.dropout={percent / 100}"
-    return Arm(policy="diffusion_dropout", overrides=(*MLP, NOISE, STAYS, share, *overrides), variants=DOUBTED)
+    return Arm(policy="diffusion_dropout", overrides=(*MLP, NOISE, PROPRIO_STAYS, share, *overrides), variants=DOUBTED)
 
 
 def stacks(*overrides: str, policy: str = "fdp") -> Arm:
     """Return two stacks, proprioception first unless the overrides say otherwise."""
-    return Arm(policy=policy, overrides=(*STACKS, NOISE, FIRST, *overrides), variants=DOUBTED)
+    return Arm(policy=policy, overrides=(*STACKS, NOISE, PROPRIO_FIRST, *overrides), variants=DOUBTED)
 
 
 def backbone(network: str, *overrides: str) -> Arm:
     """Return stacks of the network at its default width."""
-    return Arm(policy=f"fdp_{network}", overrides=(NOISE, FIRST, "train.lr=3e-4", *overrides))
+    return Arm(policy=f"fdp_{network}", overrides=(NOISE, PROPRIO_FIRST, "train.lr=3e-4", *overrides))
 
 
 def backbones(network: str) -> dict[str, Arm]:
@@ -120,7 +120,7 @@ ARMS = {
     "diffusion_wide": joint("policy.network.width=390", "policy.network.cond_width=192"),
     "diffusion_dropout_10": dropped(10),
     "diffusion_dropout_30": dropped(30),
-    "diffusion_guided": Arm(policy="diffusion_guided", overrides=(*STACKS, NOISE, STAYS), variants=DOUBTED),
+    "diffusion_guided": Arm(policy="diffusion_guided", overrides=(*STACKS, NOISE, PROPRIO_STAYS), variants=DOUBTED),
     "diffusion_base": joint(*MLP, "policy.encoder.use=[proprio]"),
     "fdp": stacks(),
     "fdp_output": stacks(policy="fdp_output"),
@@ -208,7 +208,7 @@ def cell(
     episodes = [json.loads(line) for line in (where / "episodes.jsonl").read_text().splitlines()]
     failed = [e["seed"] for e in episodes if not e["success"]]
     row = {**key, "success": 1 - len(failed) / len(episodes), "failed_seeds": failed}
-    if study == "low_data" and task == "push_cube":
+    if episodes[0]["min_distance_m"] is not None:
         row["failed_min_distance_m"] = [round(e["min_distance_m"], 4) for e in episodes if not e["success"]]
     for name in ("missing_objects", "missing_proprio"):
         said = [e["diagnostics"][name] for e in episodes if name in (e.get("diagnostics") or {})]

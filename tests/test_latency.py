@@ -408,8 +408,8 @@ def test_a_near_miss_is_told_from_a_far_one():
         return [{"success": success, "min_distance_m": value} for value in near_m]
 
     won, failed = rows(0.0981, 0.0990, 0.0999, success=True), rows(0.1005, 0.1032, 0.136, success=False)
-    said = "Failed episodes came to 10.3 cm of the goal in the median"
-    assert nearest_words(won + failed) == f"{said}, successful ones to 9.9 cm."
+    said = "Failed episodes came within 10.3 cm of the goal in the median"
+    assert nearest_words(won + failed) == f"{said}, successful ones within 9.9 cm."
     assert nearest_words(failed) == f"{said}."
     assert nearest_words(won) == nearest_words([]) == nearest_words(rows(None, success=False)) == ""
 

@@ -48,5 +48,5 @@ def nearest_words(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     if not failed:
         return ""
-    beside = f", successful ones to {statistics.median(won):.1f} cm" if won else ""
-    return f"Failed episodes came to {statistics.median(failed):.1f} cm of the goal in the median{beside}."
+    beside = f", successful ones within {statistics.median(won):.1f} cm" if won else ""
+    return f"Failed episodes came within {statistics.median(failed):.1f} cm of the goal in the median{beside}."
